@@ -1,0 +1,3 @@
+"""Accounts: what opens queues."""
+
+from __future__ import annotations

@@ -1,0 +1,49 @@
+"""What every executor does: turn what a request wants to run into a command, with everything that command needs in place."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from contextlib import AbstractAsyncContextManager
+    from pathlib import Path
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunSpec:
+    """Everything an executor may know of a run. Made by `experiment.lifecycle`; executors never see a Request."""
+
+    run_dir: Path  #: this run's own directory, private, removed after the run; executors may use `<run_dir>/env`
+    workspace: Path  #: the working directory of the program; staged before `prepare` is called
+    filename: str  #: the script, relative to the workspace; "-m" runs the module named by the first argument
+    args: tuple[str, ...] = ()
+    env: Mapping[str, str] = dataclasses.field(default_factory=dict)  #: the workload's complete environment
+    python: str | None = None  #: "3", "3.11", "3.11.7" or None: any
+    requirements: tuple[str, ...] = ()  #: `pythonenv` lines, as the message has them
+    extra_requirements: tuple[str, ...] = ()  #: `config.pip` lines, installed after the former
+    gpus: bool = False  #: whether cards were granted (tensorflow becomes tensorflow-gpu, INTEROP.md 3.10)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A run that is ready to start."""
+
+    argv: tuple[str, ...]
+    env: Mapping[str, str]  #: `RunSpec.env` with what the executor adds (PATH, VIRTUAL_ENV)
+    facts: Mapping[str, object] = dataclasses.field(default_factory=dict)  #: for the metadata document: interpreter, cache hit, ...
+
+
+class Executor(abc.ABC):
+    """One way to run workloads."""
+
+    @abc.abstractmethod
+    def prepare(self, spec: RunSpec, log: Path) -> AbstractAsyncContextManager[Prepared]:
+        """Make ready, for as long as the context is open; on exit what was held for the run is released.
+
+        What a builder prints is appended to `log`. Cancelling it ends what it has started. Raises
+        `errors.UnsupportedRequest` (no such interpreter), `errors.EnvironmentFailed` (cannot be built),
+        `errors.Unreachable` (the package index does not answer).
+        """

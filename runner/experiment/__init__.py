@@ -1,0 +1,3 @@
+"""One experiment, from its request to its outcome."""
+
+from __future__ import annotations

@@ -1,0 +1,3 @@
+"""Messages to the response queue."""
+
+from __future__ import annotations

@@ -1,0 +1,3 @@
+"""Object stores: the contract (`base`), one module a protocol, archives, and the cache of immutable artifacts."""
+
+from __future__ import annotations
