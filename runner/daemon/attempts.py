@@ -1,0 +1,118 @@
+"""The ledger: how often a message was tried here, and what finished here. It survives restarts (DESIGN.md rule 3, 5.3, 5.9).
+
+SQLite in write-ahead mode: each call is one small transaction that is in the kernel's hands before it returns, so that a
+`kill -9` right after loses nothing. Calls take well under a millisecond and are made in the daemon's loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sqlite3
+import time
+from typing import TYPE_CHECKING
+
+from runner import errors
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+#: Finished messages are remembered for a day: a redelivery of one is acknowledged on sight.
+FINISHED_SECS = 24 * 3600
+#: Attempts of messages that were never seen again (another host took them) are forgotten after a week.
+ATTEMPTS_SECS = 7 * 24 * 3600
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS attempts (
+    queue TEXT NOT NULL, digest TEXT NOT NULL, count INTEGER NOT NULL, reason TEXT NOT NULL DEFAULT '',
+    text TEXT NOT NULL DEFAULT '', time REAL NOT NULL, PRIMARY KEY (queue, digest)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS finished (
+    queue TEXT NOT NULL, digest TEXT NOT NULL, time REAL NOT NULL, PRIMARY KEY (queue, digest)) WITHOUT ROWID;
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Attempts:
+    """What is known of a message's attempts."""
+
+    count: int = 0
+    reason: str = ""  #: an `errors.Reason`, of the last one that failed
+    text: str = ""  #: its sentence
+
+
+class Ledger:
+    """Attempts and finished messages, by queue and digest of the body."""
+
+    def __init__(self, path: Path) -> None:
+        """Open, or make, the ledger.
+
+        Raises:
+            errors.UsageError: the file cannot be opened or is no ledger.
+        """
+        try:
+            self._db = sqlite3.connect(path, isolation_level=None)
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=NORMAL")
+            self._db.executescript(_SCHEMA)
+        except sqlite3.Error as exc:
+            raise errors.UsageError(f"{path}: cannot be used as the attempt ledger: {exc}; move it away to start a new one") from exc
+        self._prune()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._db.close()
+
+    def attempts(self, queue: str, digest: str) -> Attempts:
+        """What has been tried so far."""
+        row = self._db.execute("SELECT count, reason, text FROM attempts WHERE queue=? AND digest=?", (queue, digest)).fetchone()
+        return Attempts(count=row[0], reason=row[1], text=row[2]) if row else Attempts()
+
+    def begin(self, queue: str, digest: str, carried: int = 0) -> int:
+        """Count an attempt, before its work starts; its number, from 1. `carried` is what travelled with the message."""
+        count = max(self.attempts(queue, digest).count, carried) + 1
+        self._db.execute(
+            "INSERT INTO attempts (queue, digest, count, reason, text, time) VALUES (?,?,?,?,?,?) ON CONFLICT (queue, digest) "
+            "DO UPDATE SET count=excluded.count, reason=excluded.reason, text=excluded.text, time=excluded.time",
+            # Should this attempt kill the runner, this is what is said of it.
+            (queue, digest, count, errors.Reason.RUNNER, "the runner ended while it ran", time.time()),
+        )
+        return count
+
+    def undo(self, queue: str, digest: str) -> None:
+        """The last `begin` was no attempt after all (the other side was away, the runner drained)."""
+        self._db.execute(
+            "UPDATE attempts SET count=count-1, time=? WHERE queue=? AND digest=? AND count>0", (time.time(), queue, digest)
+        )
+
+    def failed(self, queue: str, digest: str, reason: str, text: str) -> None:
+        """Why the last attempt failed."""
+        self._db.execute(
+            "UPDATE attempts SET reason=?, text=?, time=? WHERE queue=? AND digest=?", (reason, text, time.time(), queue, digest)
+        )
+
+    def finish(self, queue: str, digest: str) -> None:
+        """Its outcome is durable: a redelivery of it is acknowledged on sight, and a new message of the same bytes starts at 0."""
+        with self._transaction():
+            self._db.execute("DELETE FROM attempts WHERE queue=? AND digest=?", (queue, digest))
+            self._db.execute("INSERT OR REPLACE INTO finished VALUES (?,?,?)", (queue, digest, time.time()))
+
+    def finished(self, queue: str, digest: str) -> bool:
+        """Whether it finished here in the last 24 hours."""
+        row = self._db.execute("SELECT time FROM finished WHERE queue=? AND digest=?", (queue, digest)).fetchone()
+        return row is not None and time.time() - row[0] < FINISHED_SECS
+
+    def _prune(self) -> None:
+        now = time.time()
+        with self._transaction():
+            self._db.execute("DELETE FROM finished WHERE time<?", (now - FINISHED_SECS,))
+            self._db.execute("DELETE FROM attempts WHERE time<?", (now - ATTEMPTS_SECS,))
+
+    @contextlib.contextmanager
+    def _transaction(self):  # noqa: ANN202 - a context manager of two lines
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")

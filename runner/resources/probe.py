@@ -1,0 +1,52 @@
+"""The only place that looks at the host: how much of everything this machine has."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import TYPE_CHECKING
+
+import psutil
+
+from runner import errors, units
+from runner.request.model import Resources
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from runner.config import Machine
+
+#: Of the volume of the working directory this share is never promised (INTEROP.md 8.3).
+DISK_RESERVE = 0.10
+
+
+def machine(limits: Machine, volume: Path) -> Resources:
+    """What this runner may give away: the machine, cut to the operator's limits.
+
+    Memory is what is available now: what others use is not ours. `hdd_bytes` is the size of the volume less its reserve;
+    how much of it is free is asked anew at each allocation (`disk_free`).
+
+    Raises:
+        errors.UsageError: a limit is above what the machine has; the text says how much that is.
+    """
+    cores = len(os.sched_getaffinity(0))
+    memory = psutil.virtual_memory().available
+    disk = int(shutil.disk_usage(volume).total * (1 - DISK_RESERVE))
+    if limits.max_cores > cores:
+        raise errors.UsageError(f"--max-cores {limits.max_cores}: this machine has {cores} cores; ask for at most that")
+    if limits.max_mem_bytes > memory:
+        raise errors.UsageError(
+            f"--max-mem {units.format_bytes(limits.max_mem_bytes)}: "
+            f"{units.format_bytes(memory)} are available on this machine; ask for at most that"
+        )
+    return Resources(
+        cpus=limits.max_cores or cores,
+        ram_bytes=limits.max_mem_bytes or memory,
+        hdd_bytes=min(limits.max_disk_bytes or disk, disk),
+    )
+
+
+def disk_free(volume: Path) -> int:
+    """Bytes that may be promised on that volume now: what is free, less the reserve."""
+    usage = shutil.disk_usage(volume)
+    return max(0, usage.free - int(usage.total * DISK_RESERVE))
