@@ -138,16 +138,18 @@ def names_secret(name: str) -> bool:
 def _redact(value: Any, *, inside: bool, depth: int) -> Any:
     if value is None or isinstance(value, bool):
         return value
-    if isinstance(value, int | float):
-        return MARK if inside else value
-    if depth > _MAX_DEPTH:
-        return MARK
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping) and depth <= _MAX_DEPTH:
         return {_key(key): _entry(key, item, inside, depth) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
+    if isinstance(value, list | tuple | set | frozenset) and depth <= _MAX_DEPTH:
         return _items(value, inside, depth)
-    if inside:
+    if inside or depth > _MAX_DEPTH:
         return MARK
+    return _scalar(value)
+
+
+def _scalar(value: Any) -> Any:
+    if isinstance(value, int | float):
+        return value
     if isinstance(value, bytes | bytearray | memoryview):
         value = bytes(value).decode(errors="replace")
     return redact_text(value if isinstance(value, str) else str(value))
