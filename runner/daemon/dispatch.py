@@ -1,0 +1,253 @@
+"""Which queue is asked next, and what is done with what it gives (DESIGN.md 5.1).
+
+One task a queue. A queue is *open* while there is room for what it last asked for and nothing speaks against it: then its
+consumer waits for the next message. A message that does not fit now is parked, unacknowledged, for a bounded time; when
+capacity frees, the queue that has had the least of this machine lately goes first. After that time it is put back once, and
+the queue waits for capacity, not for a timer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from typing import TYPE_CHECKING
+
+import structlog
+
+from runner import errors
+from runner.daemon.queuestate import ELSEWHERE_SECS, QueueState
+from runner.daemon.runs import MAX_ATTEMPTS
+from runner.queues.base import Existence, QueueGone
+from runner.request import decode
+
+if TYPE_CHECKING:
+    from runner.daemon.attempts import Ledger
+    from runner.daemon.endpoints import Endpoints
+    from runner.daemon.runs import Runs
+    from runner.daemon.runstate import RunState
+    from runner.queues.base import Consumer, Delivery, QueueBackend, QueueRef
+    from runner.request.model import Request
+    from runner.resources.allocator import Allocation, Allocator
+    from runner.telemetry.metrics import Metrics
+
+log = structlog.get_logger(__name__)
+
+#: How long a message that fits this machine, but not now, is held before it is put back.
+PARK_SECS = 60.0
+#: A queue that has lost its room goes on listening for so long: closing and opening consumers at each start costs more.
+LINGER_SECS = 1.0
+#: How often the queues of running experiments are asked for: a deleted one stops its runs (DESIGN.md rule 11).
+EXISTENCE_SECS = 15.0
+
+
+class Dispatcher:
+    """Opens and closes queues, admits messages."""
+
+    def __init__(
+        self, *, allocator: Allocator, runs: Runs, ledger: Ledger, endpoints: Endpoints, metrics: Metrics, undelivered: list[RunState]
+    ) -> None:
+        self._allocator = allocator
+        self._runs = runs
+        self._ledger = ledger
+        self._endpoints = endpoints
+        self._metrics = metrics
+        self._undelivered = {(state.queue, state.digest): state for state in undelivered}
+        self._queues: dict[QueueRef, QueueState] = {}
+        self._workers: dict[QueueRef, asyncio.Task[None]] = {}
+        self._changed = asyncio.Event()
+        self._draining = False
+        self._said: set[tuple[str, str]] = set()
+        allocator.on_change(self.notify)
+
+    @property
+    def queues(self) -> list[QueueState]:
+        """What is known of each queue that is served."""
+        return list(self._queues.values())
+
+    def notify(self) -> None:
+        """Something changed that may open or close a queue. Cheap; callable often."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def serve(self, ref: QueueRef, backend: QueueBackend) -> None:
+        """A queue was discovered: take work from it."""
+        if self._draining or ref in self._workers:
+            return
+        state = self._queues.setdefault(ref, QueueState(ref=ref, backend=backend))
+        state.backend = backend
+        self._workers[ref] = asyncio.create_task(self._work(state), name=f"queue {ref}")
+
+    def forget(self, ref: QueueRef) -> None:
+        """A queue is not to be served any more; what runs from it finishes."""
+        if worker := self._workers.pop(ref, None):
+            worker.cancel()
+        if (state := self._queues.get(ref)) and not state.running:
+            del self._queues[ref]
+
+    async def drain(self) -> None:
+        """Take no new message; give back what has not started. What runs is untouched."""
+        self._draining = True
+        workers = list(self._workers.values())
+        self._workers.clear()
+        for worker in workers:
+            worker.cancel()
+        if workers:
+            await asyncio.wait(workers)
+
+    async def watch_existence(self) -> None:
+        """For ever: stop the runs whose queue was deleted. Seen twice, so that no hiccup cancels anything."""
+        missing: set[QueueRef] = set()
+        while True:
+            await asyncio.sleep(EXISTENCE_SECS)
+            for state in {active.queue for active in self._runs}:
+                if await state.backend.existence(state.ref) is not Existence.GONE:
+                    missing.discard(state.ref)
+                elif state.ref not in missing:
+                    missing.add(state.ref)
+                else:
+                    self._cancel_runs_of(state)
+
+    def _cancel_runs_of(self, state: QueueState) -> None:
+        for active in self._runs:
+            if active.queue is state:
+                log.warning("the queue of a running experiment was deleted: stopping it", queue=str(state.ref), run=active.state.run_id)
+                active.experiment.stop(errors.Reason.QUEUE_DELETED, "its queue was deleted")
+
+    def closed_because(self, state: QueueState) -> str:
+        """Why nothing is taken from that queue now, in words; empty when it is open."""
+        if self._draining:
+            return "the runner is draining"
+        if state.endpoint:
+            away = self._endpoints.away_secs(state.endpoint)
+            if away is not None:
+                return f"{state.endpoint} has not answered for {away:.0f} s"
+            state.endpoint = ""
+        if (wait := state.closed_until - time.monotonic()) > 0:
+            return f"backing off for {wait:.0f} s more: {state.why}"
+        free = self._allocator.free
+        if free.cpus < 1:
+            return "no core is free"
+        ask = state.current_ask()
+        if ask is not None and (short := self._allocator.lacking(ask, free)):
+            return f"no room for what it last asked for: {short}"
+        return ""
+
+    async def _open(self, state: QueueState) -> None:
+        """Wait until the queue may be asked."""
+        while self.closed_because(state):
+            changed = self._changed
+            timers = [when - time.monotonic() for when in (state.closed_until, state.ask_until)]
+            wait = min((timer for timer in timers if timer > 0), default=None)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(changed.wait(), wait)
+
+    async def _work(self, state: QueueState) -> None:
+        consumer: Consumer | None = None
+        try:
+            consumer = await state.backend.consumer(state.ref)
+            while True:
+                await self._open(state)
+                if (delivery := await self._next(state, consumer)) is not None:
+                    await self._admit(state, delivery)
+        except QueueGone:
+            log.info("queue is gone", queue=str(state.ref))
+            self._workers.pop(state.ref, None)
+        except errors.QueueUnavailable as exc:
+            # The backend comes back by itself; discovery, which needs it too, serves the queue again.
+            log.warning("queue is unavailable", queue=str(state.ref), error=str(exc))
+            self._workers.pop(state.ref, None)
+        finally:
+            if consumer is not None:
+                await consumer.close()
+
+    async def _next(self, state: QueueState, consumer: Consumer) -> Delivery | None:
+        """The next message; None when the queue lost its room for longer than a moment meanwhile."""
+        wish = asyncio.create_task(consumer.next(), name=f"next {state.ref}")
+        try:
+            while not wish.done():
+                changed = asyncio.create_task(self._changed.wait())
+                await asyncio.wait({wish, changed}, return_when=asyncio.FIRST_COMPLETED)
+                changed.cancel()
+                if not wish.done() and self.closed_because(state):
+                    await asyncio.wait({wish}, timeout=LINGER_SECS)
+                    if not wish.done() and self.closed_because(state):
+                        break
+        finally:
+            if not wish.done():
+                wish.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await wish
+        if wish.cancelled():
+            await consumer.pause()
+            return None
+        return wish.result()
+
+    async def _admit(self, state: QueueState, delivery: Delivery) -> None:
+        """End the delivery, or hand it to a run. Cancelled (drained) while it is parked: it goes back."""
+        try:
+            await self._sort(state, delivery)
+        except asyncio.CancelledError:
+            if not self._runs.holds(delivery):
+                await delivery.requeue()
+            raise
+        except Exception:
+            log.exception("a message could not be handled", queue=str(state.ref))
+            await delivery.requeue(state.back_off("the runner failed to handle its message"))
+
+    async def _sort(self, state: QueueState, delivery: Delivery) -> None:
+        key, digest = state.ledger_key, delivery.digest
+        if delivery.redelivered:
+            if twins := self._runs.find(state, digest):
+                await self._runs.adopt(twins, delivery)
+                return
+            if self._ledger.finished(key, digest):
+                log.info("acknowledged a redelivery of what finished here", queue=str(state.ref), digest=digest[:12])
+                await delivery.ack()
+                return
+        tried = self._ledger.attempts(key, digest)
+        # Runs of the same bytes that are alive here have not failed (yet).
+        known = max(tried.count, delivery.attempts) - len(self._runs.find(state, digest))
+        try:
+            request = decode.decode(delivery.body)
+            if (left := self._undelivered.pop((key, digest), None)) is not None:
+                self._runs.resume(state, delivery, request, left)
+                return
+            if known >= MAX_ATTEMPTS:
+                text = f"gave up after {known} attempts: {tried.text or 'they were made by other hosts'}"
+                await self._runs.reject(state, delivery, reason=errors.Reason.ATTEMPTS, text=text, attempts=known)
+                return
+            state.remember(request.resources)
+            allocation = await self._room(state, request)
+        except errors.Refused as exc:
+            self._metrics.delivery("refused")
+            await self._runs.reject(state, delivery, reason=exc.reason, text=str(exc), attempts=known)
+            return
+        except errors.NotForThisHost as exc:
+            await self._elsewhere(state, delivery, exc)
+            return
+        except errors.NoCapacity as exc:
+            log.info("put back for want of room", queue=str(state.ref), lacking=exc.lacking, parked_secs=PARK_SECS)
+            self._metrics.delivery("no-capacity")
+            await delivery.requeue()
+            return
+        self._start(state, delivery, request, allocation)
+
+    async def _room(self, state: QueueState, request: Request) -> Allocation:
+        return await self._allocator.acquire(request.resources, rank=state.usage, timeout_secs=PARK_SECS)
+
+    def _start(self, state: QueueState, delivery: Delivery, request: Request, allocation: Allocation) -> None:
+        try:
+            self._runs.start(state, delivery, request, allocation)
+        except BaseException:
+            allocation.release()
+            raise
+        self._metrics.delivery("started")
+
+    async def _elsewhere(self, state: QueueState, delivery: Delivery, exc: errors.NotForThisHost) -> None:
+        wait = state.back_off(str(exc), at_least_secs=ELSEWHERE_SECS)
+        if (state.ledger_key, delivery.digest) not in self._said:
+            self._said.add((state.ledger_key, delivery.digest))
+            log.warning("left to other hosts", queue=str(state.ref), why=str(exc), retry_secs=round(wait))
+        self._metrics.delivery("not-for-this-host")
+        await delivery.requeue(wait)

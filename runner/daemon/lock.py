@@ -1,0 +1,61 @@
+"""One daemon a working directory, and how clients on this machine find it (DESIGN.md 5.9, 5.10)."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from typing import TYPE_CHECKING
+
+import orjson
+
+from runner import errors
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+LOCK = "studio-runner.lock"
+ADDRESS = "studio-runner.json"
+
+
+@contextlib.contextmanager
+def sole_daemon(working_dir: Path) -> Iterator[None]:
+    """Hold the working directory. The kernel lets go of it when the process ends, however it ends.
+
+    Raises:
+        errors.UsageError: another daemon holds it (its process id is named), or the directory cannot be written.
+    """
+    try:
+        working_dir.mkdir(parents=True, exist_ok=True)
+        file = os.open(working_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as exc:
+        raise errors.UsageError(f"--working-dir {working_dir}: cannot be used: {exc.strerror}") from exc
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(file, 32).decode(errors="replace").strip()
+            raise errors.UsageError(
+                f"--working-dir {working_dir}: another daemon (process {holder or 'unknown'}) works there; "
+                "stop it, or give this one a directory of its own"
+            ) from None
+        os.truncate(file, 0)
+        os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
+        try:
+            yield
+        finally:
+            (working_dir / ADDRESS).unlink(missing_ok=True)
+    finally:
+        os.close(file)
+
+
+def announce(working_dir: Path, address: tuple[str, int]) -> None:
+    """Write down where this daemon answers, for clients on this machine."""
+    host, port = address
+    content = orjson.dumps({"address": f"{host}:{port}", "pid": os.getpid()}, option=orjson.OPT_APPEND_NEWLINE)
+    partial = working_dir / f"{ADDRESS}.partial"
+    partial.unlink(missing_ok=True)
+    with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:  # noqa: PTH123 - a mode at birth
+        file.write(content)
+    partial.replace(working_dir / ADDRESS)

@@ -1,0 +1,257 @@
+"""The daemon as a whole: what is opened in which order, what runs beside what, and how it ends.
+
+::
+
+    working directory locked -> ledger, dead letters, run states (sweep) -> nursery -> HTTP port -> accounts opened
+      -> ready: catalog refreshes | dispatcher | existence of queues | limits | watchdog
+    first signal: no new work, runs finish (or get --grace), accounts closed, exit 0
+    second signal: at once, exit 128 + signal
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import dataclasses
+import os
+import socket
+import time
+from typing import TYPE_CHECKING
+
+import structlog
+
+from runner import __version__, errors
+from runner.daemon import lock, runstate
+from runner.daemon.api import Api
+from runner.daemon.attempts import Ledger
+from runner.daemon.deadletters import DeadLetters
+from runner.daemon.dispatch import Dispatcher
+from runner.daemon.endpoints import Endpoints
+from runner.daemon.runs import Runs
+from runner.daemon.stop import Stop
+from runner.experiment.interrupted import Interrupted
+from runner.experiment.tools import Tools
+from runner.process.spawner import Spawner
+from runner.queues.catalog import Added, Catalog
+from runner.resources import probe
+from runner.resources.allocator import Allocator
+from runner.telemetry import metrics as telemetry
+from runner.telemetry.http import HttpServer, Readiness
+from runner.telemetry.notify import Notifier
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Sequence
+    from pathlib import Path
+
+    from runner.config import Config
+    from runner.executors.base import Executor
+    from runner.queues.base import QueueBackend
+    from runner.storage.cache import ArtifactCache
+    from runner.storage.registry import Stores
+
+log = structlog.get_logger(__name__)
+
+#: Worker threads for transfers, packing and other blocking work.
+THREADS = 32
+#: How long a forced stop waits for runs to let go.
+FORCE_SECS = 8.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parts:
+    """The concrete parts, chosen by the composition root (`cli.serve`)."""
+
+    backends: Sequence[QueueBackend]
+    executor: Callable[[Spawner], Executor]
+    stores: Stores
+    cache: Callable[[telemetry.Metrics], ArtifactCache | None]
+
+
+def private_directory(path: Path, option: str) -> Path:
+    """Make a directory that only this user may enter.
+
+    Raises:
+        errors.UsageError: it cannot be made, or it belongs to somebody else.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        owner = path.stat().st_uid
+    except OSError as exc:
+        raise errors.UsageError(f"{option} {path}: cannot be used: {exc.strerror}") from exc
+    if owner != os.geteuid():
+        raise errors.UsageError(f"{option} {path}: belongs to user {owner}, not to {os.geteuid()}; name a directory of your own")
+    return path
+
+
+class Service:
+    """One daemon. `run` is its whole life."""
+
+    def __init__(self, config: Config, parts: Parts, stop: Stop | None = None) -> None:
+        self._config = config
+        self._parts = parts
+        self._host = socket.gethostname()
+        self._metrics = telemetry.Metrics(telemetry.registry(), self._host)
+        self.stop = stop or Stop()
+        self._notifier = Notifier()
+        self._began = time.monotonic()
+
+    async def run(self) -> int:
+        """Serve until told to stop; the exit code.
+
+        Raises:
+            errors.UsageError: it cannot start like this.
+        """
+        paths = self._config.paths
+        asyncio.get_running_loop().set_default_executor(
+            concurrent.futures.ThreadPoolExecutor(THREADS, thread_name_prefix="worker")
+        )
+        with self.stop.on_signals(), lock.sole_daemon(paths.working_dir):
+            state_dir = private_directory(paths.state_dir, "--state-dir")
+            runs_dir = private_directory(paths.working_dir / "runs", "--working-dir")
+            async with contextlib.AsyncExitStack() as stack:
+                ledger = Ledger(state_dir / "ledger.sqlite")
+                stack.callback(ledger.close)
+                states = runstate.RunStates(state_dir / "runs")
+                undelivered, interrupted = await asyncio.to_thread(runstate.sweep, states, runs_dir)
+                spawner = Spawner()
+                await spawner.open()
+                stack.push_async_callback(spawner.aclose)
+                tools = self._tools(spawner)
+                stack.callback(self._parts.stores.close)
+                endpoints = Endpoints(lambda: dispatcher.notify())
+                stack.push_async_callback(endpoints.aclose)
+                runs = Runs(
+                    config=self._config,
+                    tools=tools,
+                    ledger=ledger,
+                    dead_letters=DeadLetters(state_dir / "dead-letter"),
+                    states=states,
+                    endpoints=endpoints,
+                )
+                dispatcher = Dispatcher(
+                    allocator=tools.allocator,
+                    runs=runs,
+                    ledger=ledger,
+                    endpoints=endpoints,
+                    metrics=self._metrics,
+                    undelivered=undelivered,
+                )
+                catalog = Catalog(self._parts.backends, self._config.queues, tallies=self._metrics)
+                await self._listen(stack, catalog, dispatcher, runs)
+                for backend in self._parts.backends:
+                    await backend.open()
+                    stack.push_async_callback(backend.aclose)
+                return await self._serve(catalog, dispatcher, runs, Interrupted(tools, states, interrupted))
+
+    def _tools(self, spawner: Spawner) -> Tools:
+        volume = self._config.paths.working_dir
+        allocator = Allocator(probe.machine(self._config.machine, volume), lambda: probe.disk_free(volume))
+        self._metrics.watch_free(
+            lambda: telemetry.Free(
+                cores=allocator.free.cpus, mem_bytes=allocator.free.ram_bytes, disk_bytes=allocator.free.hdd_bytes
+            )
+        )
+        return Tools(
+            config=self._config,
+            host=self._host,
+            spawner=spawner,
+            executor=self._parts.executor(spawner),
+            stores=self._parts.stores,
+            cache=self._parts.cache(self._metrics),
+            metrics=self._metrics,
+            allocator=allocator,
+        )
+
+    async def _listen(self, stack: contextlib.AsyncExitStack, catalog: Catalog, dispatcher: Dispatcher, runs: Runs) -> None:
+        def readiness() -> Readiness:
+            accounts = {status.account: status.problem for status in catalog.statuses()}
+            return Readiness(ready=not self.stop.drain.is_set() and any(not problem for problem in accounts.values()), accounts=accounts)
+
+        server = HttpServer(
+            self._config.http,
+            render_metrics=self._metrics.render,
+            readiness=readiness,
+            routes=Api(runs, dispatcher).routes(),
+        )
+        address = await server.start()
+        stack.push_async_callback(server.stop)
+        lock.announce(self._config.paths.working_dir, address)
+        log.info("listening", address=f"{address[0]}:{address[1]}")
+
+    async def _serve(self, catalog: Catalog, dispatcher: Dispatcher, runs: Runs, interrupted: Interrupted) -> int:
+        def on_change(event: object) -> None:
+            if isinstance(event, Added):
+                dispatcher.serve(event.queue, event.backend)
+            else:
+                dispatcher.forget(event.queue)  # type: ignore[attr-defined]
+
+        services: list[Coroutine[object, object, None]] = [
+            catalog.run(self._config.queues.refresh_secs, on_change),
+            dispatcher.watch_existence(),
+            interrupted.run(),
+            self._limits(runs),
+            self._notifier.watchdog(),
+        ]
+        sides = [asyncio.create_task(service, name=service.__qualname__) for service in services]
+        log.info(
+            "serving",
+            version=__version__,
+            host=self._host,
+            accounts=[backend.account for backend in self._parts.backends],
+            queue_match=self._config.queues.match.pattern,
+            start_secs=round(time.monotonic() - self._began, 3),
+        )
+        self._notifier.ready("serving")
+        try:
+            await self._first(self.stop.drain.wait(), *sides)
+            self._notifier.stopping("draining")
+            return await self._stop(dispatcher, runs)
+        finally:
+            for side in sides:
+                side.cancel()
+            await asyncio.gather(*sides, return_exceptions=True)
+
+    async def _first(self, stopped: Coroutine[object, object, object], *sides: asyncio.Task[None]) -> None:
+        """Wait for the stop. A service that fails ends the daemon, loudly: half a daemon would be worse."""
+        waiting = asyncio.create_task(stopped)
+        pending = {waiting, *sides}
+        try:
+            while not waiting.done():
+                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()
+        finally:
+            waiting.cancel()
+
+    async def _stop(self, dispatcher: Dispatcher, runs: Runs) -> int:
+        await dispatcher.drain()
+        log.info("draining", running=len(runs), grace_secs=self._config.runs.grace_secs)
+        if self._config.runs.grace_secs is not None:
+            runs.stop_all(errors.Reason.DRAINED, "the runner was told to stop", self._config.runs.grace_secs)
+        finished = asyncio.create_task(runs.finished(), name="runs finished")
+        forced = asyncio.create_task(self.stop.force.wait(), name="forced")
+        await asyncio.wait({finished, forced}, return_when=asyncio.FIRST_COMPLETED)
+        forced.cancel()
+        if finished.done():
+            log.info("drained", secs=round(time.monotonic() - self._began, 1))
+            return 0
+        finished.cancel()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(runs.abort(), FORCE_SECS)
+        return 128 + self.stop.signal
+
+    async def _limits(self, runs: Runs) -> None:
+        """End the daemon after so many tasks, or after so long without one (INTEROP.md 8.6)."""
+        limits = self._config.limits
+        if not limits.tasks and not limits.idle_secs:
+            return
+        while True:
+            if limits.tasks and runs.started_total >= limits.tasks:
+                log.info("task limit reached", tasks=runs.started_total)
+                break
+            if limits.idle_secs and not len(runs) and time.monotonic() - runs.idle_since >= limits.idle_secs:
+                log.info("idle limit reached", idle_secs=limits.idle_secs)
+                break
+            await asyncio.sleep(limits.interval_secs)
+        self.stop.ask()

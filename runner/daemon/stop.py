@@ -1,0 +1,48 @@
+"""Stopping is a protocol in two stages: the first signal drains, the second ends at once (DESIGN.md 5.10)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import signal
+from typing import TYPE_CHECKING
+
+import structlog
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+log = structlog.get_logger(__name__)
+
+
+@dataclasses.dataclass(eq=False)
+class Stop:
+    """What was asked for so far. Handlers only set flags; `daemon.service` acts on them."""
+
+    drain: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
+    force: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
+    signal: int = 0  #: the last one; the exit code of a forced stop is 128 and this
+
+    def ask(self, number: int = 0) -> None:
+        """The first time drain, the second time force."""
+        self.signal = number
+        if self.drain.is_set():
+            log.warning("second signal: ending at once", signal=signal.Signals(number).name if number else None)
+            self.force.set()
+        else:
+            log.info("draining: no new work, what runs goes on", signal=signal.Signals(number).name if number else None)
+            self.drain.set()
+
+    @contextlib.contextmanager
+    def on_signals(self) -> Iterator[None]:
+        """While it is open, SIGTERM and SIGINT come here. Only in the main thread's loop."""
+        loop = asyncio.get_running_loop()
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        for number in numbers:
+            loop.add_signal_handler(number, self.ask, number)
+        try:
+            yield
+        finally:
+            for number in numbers:
+                loop.remove_signal_handler(number)

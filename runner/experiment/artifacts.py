@@ -1,0 +1,236 @@
+"""Staging and storing the artifacts of one run (INTEROP.md 3.3, 3.6, 4.2; DESIGN.md 5.5)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import tempfile
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+import structlog
+
+from runner import errors
+from runner.storage import archive
+from runner.storage.base import NotFound
+from runner.storage.location import locate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from typing import BinaryIO
+
+    from runner.experiment.tools import Tools
+    from runner.experiment.workspace import Workspace
+    from runner.request.model import Artifact, Request
+    from runner.storage.base import Location, ObjectStore
+
+log = structlog.get_logger(__name__)
+
+#: Never fetched: the runner writes the one anew, and the other is not an archive.
+_NOT_FETCHED = frozenset({"output", "_metadata"})
+#: Their archives hold bare names, which the clients' readers of results expect (INTEROP.md 4.2).
+_BARE = frozenset({"output", "retval"})
+#: An archive up to this size is packed in memory, a larger one in a file of the run's directory.
+_SPOOL_BYTES = 1 << 20
+#: How long a cancelled transfer is waited for; the deadlines of the stores are longer.
+CANCEL_SECS = 5.0
+
+
+class Artifacts:
+    """The artifacts of one run, and what is known of their objects. Its blocking work runs in worker threads."""
+
+    def __init__(self, request: Request, workspace: Workspace, tools: Tools) -> None:
+        self._request = request
+        self._workspace = workspace
+        self._tools = tools
+        self._locations: dict[str, Location] = {}
+        self._stored: dict[str, str] = {}  # tag -> fingerprint of what its object holds
+        self._cancelled = threading.Event()
+
+    def locate(self) -> None:
+        """Decide where everything is.
+
+        Raises:
+            errors.Refused: an address that cannot be understood.
+        """
+        config = self._tools.config
+        for artifact in self._request.artifacts:
+            if not (artifact.qualified or artifact.url or artifact.key):
+                log.warning("artifact has no address, ignored", artifact=artifact.tag)
+                continue
+            self._locations[artifact.tag] = locate(
+                artifact, self._request, config.s3, allow_env_secrets=config.runs.allow_env_secrets
+            )
+
+    def location(self, tag: str) -> Location | None:
+        """Where an artifact is; None when the message does not say."""
+        return self._locations.get(tag)
+
+    def addresses(self) -> dict[str, str]:
+        """`{tag: URI}`, without credentials."""
+        return {tag: location.uri for tag, location in self._locations.items()}
+
+    def store(self, location: Location) -> ObjectStore:
+        """The client for that place."""
+        return self._tools.stores.store(location)
+
+    def knows(self, endpoint: str) -> bool:
+        """Whether one of the artifacts is there."""
+        return any(location.endpoint == endpoint for location in self._locations.values())
+
+    async def answers(self, endpoint: str) -> bool:
+        """Whether that endpoint answers now."""
+        for location in self._locations.values():
+            if location.endpoint == endpoint:
+                return await asyncio.to_thread(self.store(location).reachable)
+        return True
+
+    async def fetch(self) -> None:
+        """Stage every artifact into its directory, all at once.
+
+        Raises:
+            errors.ArtifactFailed, errors.ArchiveRefused, errors.StorageUnavailable: the first that went wrong; the others
+                are ended first.
+        """
+        try:
+            async with asyncio.TaskGroup() as group:
+                for artifact in self._request.artifacts:
+                    self._workspace.artifact(artifact.tag).mkdir(mode=0o700, exist_ok=True)
+                    if (location := self.location(artifact.tag)) and artifact.tag not in _NOT_FETCHED:
+                        group.create_task(self._fetch(artifact, location), name=f"fetch {artifact.tag}")
+        except* errors.RunnerError as group_error:
+            raise _first(group_error) from group_error
+
+    async def _fetch(self, artifact: Artifact, location: Location) -> None:
+        try:
+            await self._in_thread(self._fetch_blocking, artifact, location)
+        except NotFound as exc:
+            if not artifact.mutable or exc.bucket_missing:
+                raise
+            log.debug("mutable artifact is not there yet", artifact=artifact.tag)
+        except OSError as exc:
+            # A full disk is nothing that the message is to blame for.
+            raise errors.AttemptFailed(f"artifact {artifact.tag!r} cannot be written: {exc}") from exc
+
+    async def _in_thread(self, work: Callable[[Artifact, Location], None], artifact: Artifact, location: Location) -> None:
+        """As `asyncio.to_thread`, but when cancelled the thread is told, and waited for a moment: it writes where others clean up."""
+        thread = asyncio.create_task(asyncio.to_thread(work, artifact, location), name=f"transfer {artifact.tag}")
+        try:
+            await asyncio.shield(thread)
+        except asyncio.CancelledError:
+            self._cancelled.set()
+            await asyncio.wait({thread}, timeout=CANCEL_SECS)
+            raise
+
+    def _fetch_blocking(self, artifact: Artifact, location: Location) -> None:
+        store = self.store(location)
+        directory = self._workspace.artifact(artifact.tag)
+        cache = self._tools.cache if not artifact.mutable and location.scheme == "s3" else None
+        with contextlib.ExitStack() as stack:
+            if cache is not None:
+                stream = stack.enter_context(cache.open(store, location, store.stat(location.key)))
+            else:
+                stream = stack.enter_context(store.open(location.key))
+            unpacked = archive.unpack(
+                stream,
+                directory,
+                limits=archive.UnpackLimits(total_bytes=self._room()),
+                name_if_file=_basename(location, artifact),
+                want=artifact.unpack,
+                cancelled=self._cancelled,
+            )
+        for warning in unpacked.warnings:
+            log.warning("artifact", artifact=artifact.tag, warning=warning)
+        if artifact.mutable and (fingerprint := archive.fingerprint(directory)):
+            self._stored[artifact.tag] = fingerprint
+
+    def _room(self) -> int:
+        asked = self._request.resources.hdd_bytes
+        free = self._tools.allocator.free.hdd_bytes + asked  # what it reserved is its own to fill
+        return min(asked, free) if asked else free
+
+    async def upload(self, tags: Iterable[str] | None = None) -> list[errors.RunnerError]:
+        """Store every mutable artifact (or those of `tags`) that changed since it was last stored, `output` first.
+
+        Goes on over errors, and returns them; an artifact that failed is tried again the next time.
+        """
+        wanted = None if tags is None else set(tags)
+        chosen = [
+            artifact
+            for artifact in self._request.artifacts
+            if artifact.mutable and artifact.tag != "_metadata" and (wanted is None or artifact.tag in wanted)
+        ]
+        first = [artifact for artifact in chosen if artifact.tag == "output"]
+        rest = [artifact for artifact in chosen if artifact.tag != "output"]
+        failed = [await self._upload(artifact) for artifact in first]
+        failed += await asyncio.gather(*map(self._upload, rest))
+        return [exc for exc in failed if exc is not None]
+
+    async def _upload(self, artifact: Artifact) -> errors.RunnerError | None:
+        location = self.location(artifact.tag)
+        if location is None:
+            return None
+        try:
+            await self._in_thread(self._upload_blocking, artifact, location)
+        except errors.RunnerError as exc:
+            log.warning("artifact cannot be stored", artifact=artifact.tag, error=str(exc))
+            return exc
+        except OSError as exc:
+            log.warning("artifact cannot be packed", artifact=artifact.tag, error=str(exc))
+            return errors.AttemptFailed(f"artifact {artifact.tag!r} cannot be packed: {exc}")
+        return None
+
+    def _upload_blocking(self, artifact: Artifact, location: Location) -> None:
+        directory = self._workspace.artifact(artifact.tag)
+        fingerprint = archive.fingerprint(directory)
+        if fingerprint is None or self._stored.get(artifact.tag) == fingerprint:
+            return
+        if artifact.unpack is False and (single := _single_file(directory)) is not None:
+            with single.open("rb") as file:
+                self.put(location, file, single.stat().st_size)
+        else:
+            with tempfile.SpooledTemporaryFile(_SPOOL_BYTES, dir=self._workspace.private) as packed:
+                result = archive.pack(
+                    directory, packed, style=self._style(artifact), compression=archive.compression_of(location.key)
+                )
+                for warning in result.warnings:
+                    log.warning("artifact", artifact=artifact.tag, warning=warning)
+                size = packed.seek(0, 2)
+                packed.seek(0)
+                self.put(location, packed, size)  # type: ignore[arg-type]
+        self._stored[artifact.tag] = fingerprint
+
+    def put(self, location: Location, source: BinaryIO, size: int) -> None:
+        """Store bytes at a place, and count them. Blocking. Raises as `ObjectStore.put`."""
+        self.store(location).put(location.key, source, size)
+        self._tools.metrics.uploaded(size)
+
+    def _style(self, artifact: Artifact) -> archive.PackStyle:
+        if artifact.tag not in _BARE:
+            return archive.PackStyle.TREE
+        return archive.PackStyle.DOT_SINGLE if self._request.from_completion_service else archive.PackStyle.BARE
+
+
+def _basename(location: Location, artifact: Artifact) -> str:
+    name = Path(urlsplit(location.key).path if location.scheme in {"http", "https"} else location.key).name
+    return name or artifact.tag
+
+
+def _single_file(directory: Path) -> Path | None:
+    entries = list(directory.iterdir())
+    return entries[0] if len(entries) == 1 and entries[0].is_file() and not entries[0].is_symlink() else None
+
+
+def _first(group: BaseExceptionGroup[errors.RunnerError]) -> errors.RunnerError:
+    """The gravest of several: what dead-letters before what retries, what counts before what does not."""
+    found: list[errors.RunnerError] = []
+    stack: list[BaseException] = [group]
+    while stack:
+        exc = stack.pop()
+        if isinstance(exc, BaseExceptionGroup):
+            stack.extend(exc.exceptions)
+        elif isinstance(exc, errors.RunnerError):
+            found.append(exc)
+    return min(found, key=lambda exc: (exc.fate is not errors.Fate.REJECT, not exc.counts))

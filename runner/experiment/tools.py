@@ -1,0 +1,29 @@
+"""What every experiment needs and one daemon has once."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from runner.config import Config
+    from runner.executors.base import Executor
+    from runner.process.spawner import Spawner
+    from runner.resources.allocator import Allocator
+    from runner.storage.cache import ArtifactCache
+    from runner.storage.registry import Stores
+    from runner.telemetry.metrics import Metrics
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tools:
+    """Shared by all runs; made by `daemon.service`, closed by it after the last run."""
+
+    config: Config
+    host: str
+    spawner: Spawner
+    executor: Executor
+    stores: Stores
+    cache: ArtifactCache | None  #: None: every artifact is fetched anew
+    metrics: Metrics
+    allocator: Allocator
