@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 class RunSpec:
     """Everything an executor may know of a run. Made by `experiment.lifecycle`; executors never see a Request."""
 
-    run_dir: Path  #: this run's own directory, private, removed after the run; executors may use `<run_dir>/env`
+    run_dir: (
+        Path  #: this run's own directory, private, removed after the run; executors may use `<run_dir>/env`
+    )
     workspace: Path  #: the working directory of the program; staged before `prepare` is called
     filename: str  #: the script, relative to the workspace; "-m" runs the module named by the first argument
     args: tuple[str, ...] = ()
@@ -33,7 +35,9 @@ class Prepared:
 
     argv: tuple[str, ...]
     env: Mapping[str, str]  #: `RunSpec.env` with what the executor adds (PATH, VIRTUAL_ENV)
-    facts: Mapping[str, object] = dataclasses.field(default_factory=dict)  #: for the metadata document: interpreter, cache hit, ...
+    facts: Mapping[str, object] = dataclasses.field(
+        default_factory=dict
+    )  #: for the metadata document: interpreter, cache hit, ...
 
 
 class Executor(abc.ABC):
