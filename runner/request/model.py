@@ -42,7 +42,9 @@ class Artifact:
     bucket: str | None = None
     mutable: bool = False
     unpack: bool | None = None  #: None: decide by content
-    credentials: KeyPair | None = None  #: None: look further (`Request.storage_credentials`, then env, then anonymous)
+    credentials: KeyPair | None = (
+        None  #: None: look further (`Request.storage_credentials`, then env, then anonymous)
+    )
     region: str | None = None
     save_frequency_secs: float | None = None  #: its own checkpoint interval
 
@@ -69,7 +71,9 @@ class Request:
     python: str | None = None  #: "3", "3.11", "3.11.7"; None: any
     requirements: tuple[str, ...] = ()  #: `pythonenv`
     extra_requirements: tuple[str, ...] = ()  #: `config.pip`
-    env: Mapping[str, str] = dataclasses.field(default_factory=dict)  #: `config.env`, scalars as text, nulls dropped
+    env: Mapping[str, str] = dataclasses.field(
+        default_factory=dict
+    )  #: `config.env`, scalars as text, nulls dropped
     resources: Resources = dataclasses.field(default_factory=Resources)
     artifacts: tuple[Artifact, ...] = ()
     storage: Endpoint | None = None
@@ -78,9 +82,13 @@ class Request:
     lifetime_secs: float | None = None  #: `config.experimentLifetime`; may be negative (already expired)
     max_duration_secs: float | None = None
     checkpoint_secs: float = 60.0  #: `saveWorkspaceFrequency`, clamped to 10 s .. 12 h (INTEROP.md 3.7)
-    from_completion_service: bool = False  #: `from_compl_service` is present, whatever its value (DESIGN.md 5.5)
+    from_completion_service: bool = (
+        False  #: `from_compl_service` is present, whatever its value (DESIGN.md 5.5)
+    )
     warnings: tuple[str, ...] = ()  #: what was coerced or ignored, one sentence each, for the log; no secrets
-    raw: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)  #: the message as it came, secrets included
+    raw: Mapping[str, Any] = dataclasses.field(
+        default_factory=dict, repr=False
+    )  #: the message as it came, secrets included
 
     def artifact(self, tag: str) -> Artifact | None:
         """The artifact of that label, if there is one."""

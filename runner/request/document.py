@@ -1,0 +1,82 @@
+"""Bytes -> a JSON object that the rest of the program can walk, copy and write again without surprises."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import orjson
+
+from runner import errors, units
+
+MAX_DEPTH = 100  # real messages have six levels; orjson writes at most 254
+_FLOAT_BITS = 1023
+_UTF8_BOM = b"\xef\xbb\xbf"
+_WIDE_BOMS = (b"\xff\xfe", b"\xfe\xff")
+
+
+def parse(body: bytes, *, max_bytes: int) -> dict[str, Any]:
+    """The object in `body`: JSON in UTF-8, with NaN and Infinity as Python writes them; of equal names the last wins.
+
+    Raises errors.MalformedMessage for anything else, and for an object more than `MAX_DEPTH` levels deep.
+    """
+    if len(body) > max_bytes:
+        size, most = units.format_bytes(len(body)), units.format_bytes(max_bytes)
+        raise errors.MalformedMessage(f"the message is {size}; at most {most} are accepted")
+    body = body.removeprefix(_UTF8_BOM)
+    if body.startswith(_WIDE_BOMS) or b"\0" in body[:2]:
+        raise errors.MalformedMessage("the message is not UTF-8 but looks like UTF-16 or UTF-32")
+    slowly = False
+    try:
+        parsed = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        parsed, slowly = _parse_slowly(body), True
+    if not isinstance(parsed, dict):
+        raise errors.MalformedMessage(f"the message is JSON, but not an object ({type(parsed).__name__})")
+    if body.count(b"{") + body.count(b"[") > MAX_DEPTH and _is_too_deep(parsed):
+        raise errors.MalformedMessage(f"the message is nested more than {MAX_DEPTH} levels deep")
+    return {_writable(name): _writable(value) for name, value in parsed.items()} if slowly else parsed
+
+
+def _parse_slowly(body: bytes) -> Any:
+    """What orjson refuses and Python's own writer makes: NaN, Infinity, halves of surrogate pairs, long integers."""
+    try:
+        return json.loads(body.decode())
+    except UnicodeDecodeError as bad:
+        raise errors.MalformedMessage(f"the message is not UTF-8: byte {bad.start} is {bad.reason}") from bad
+    except RecursionError as bad:
+        raise errors.MalformedMessage(f"the message is nested more than {MAX_DEPTH} levels deep") from bad
+    except ValueError as bad:  # JSONDecodeError, and integers of thousands of digits; the texts quote nothing
+        raise errors.MalformedMessage(f"the message is not JSON: {bad}") from bad
+
+
+def _is_too_deep(parsed: Any) -> bool:
+    level, depth = [parsed], 0
+    while level:
+        depth += 1
+        if depth > MAX_DEPTH:
+            return True
+        level = [inner for outer in level for inner in _members(outer) if isinstance(inner, dict | list)]
+    return False
+
+
+def _members(value: Any) -> Any:
+    return value.values() if isinstance(value, dict) else value
+
+
+def _writable(parsed: Any) -> Any:
+    """A copy that any JSON writer takes: U+FFFD for halves of surrogate pairs, a float for integers beyond 64 bits.
+
+    `parsed` is as deep as `MAX_DEPTH` at most.
+    """
+    match parsed:
+        case dict():
+            return {_writable(name): _writable(value) for name, value in parsed.items()}
+        case list():
+            return [_writable(value) for value in parsed]
+        case str():
+            return parsed.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        case int() if abs(parsed) >> 63 and not isinstance(parsed, bool):
+            return math.inf if parsed.bit_length() > _FLOAT_BITS else float(parsed)
+    return parsed
