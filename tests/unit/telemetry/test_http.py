@@ -179,5 +179,5 @@ async def test_stop_does_not_wait_for_a_reader_that_never_ends(serve):
     async with asyncio.timeout(30):
         await server.stop()
     writer.close()
-    with pytest.raises(OSError):  # noqa: PT011 - the kernel words it
+    with pytest.raises(OSError):
         await get(address, "/healthz")
