@@ -1,0 +1,135 @@
+"""The queue backends under the contract suite: how each is started, and what only its other side can do.
+
+To add a backend: a `QueueHarness`, a factory, a line in `BACKENDS`.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import dataclasses
+import shutil
+import socket
+from typing import TYPE_CHECKING
+
+from runner.queues.file_messages import FileSettings
+from runner.queues.file_names import is_message_name
+from runner.queues.filequeue import FileBackend
+from runner.queues.memory import MemoryBackend, MemoryBroker
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+    from contextlib import AbstractAsyncContextManager
+    from pathlib import Path
+
+    import pytest
+
+    from runner.queues.base import QueueBackend, QueueRef
+
+
+class QueueHarness(abc.ABC):
+    """One broker, or directory, with what experimenters and accidents do to it."""
+
+    delays: bool = True  #: `requeue(delay_secs)` is honoured by the backend
+    redelivers_at_head: bool = True  #: what is given back comes before what was published later
+
+    @abc.abstractmethod
+    def connect(self) -> QueueBackend:
+        """Another daemon's backend for this account, not opened yet. The tests open and close it."""
+
+    @abc.abstractmethod
+    async def declare(self, name: str) -> QueueRef:
+        """Make a durable queue, as an experimenter does. The ref is valid for every backend of `connect`."""
+
+    @abc.abstractmethod
+    async def delete(self, queue: QueueRef) -> None:
+        """Remove a queue, as an experimenter does."""
+
+    @abc.abstractmethod
+    async def depth(self, queue: QueueRef) -> int:
+        """How many messages wait, those held not counted."""
+
+    @abc.abstractmethod
+    async def break_connection(self, backend: QueueBackend) -> None:
+        """From outside, take from a backend what it holds, in whatever way can happen to this kind."""
+
+
+class MemoryHarness(QueueHarness):
+    def __init__(self) -> None:
+        self.broker = MemoryBroker()
+
+    def connect(self) -> QueueBackend:
+        return MemoryBackend("account", broker=self.broker)
+
+    async def declare(self, name: str) -> QueueRef:
+        return MemoryBackend("account", broker=self.broker).declare(name)
+
+    async def delete(self, queue: QueueRef) -> None:
+        self.broker.delete(queue.name)
+
+    async def depth(self, queue: QueueRef) -> int:
+        return len(self.broker.queues[queue.name].ready)
+
+    async def break_connection(self, backend: QueueBackend) -> None:
+        assert isinstance(backend, MemoryBackend)
+        backend.break_connection()
+
+
+class FileHarness(QueueHarness):
+    """Each backend is a host of its own, as on a shared file system; a "broken connection" is a host asleep for long."""
+
+    SETTINGS = FileSettings(heartbeat_secs=0.1, sweep_secs=0.1)
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.hosts = 0
+
+    def connect(self) -> QueueBackend:
+        self.hosts += 1
+        return FileBackend(
+            self.root, account="account", host=f"{socket.gethostname()}-{self.hosts}", settings=self.SETTINGS
+        )
+
+    async def declare(self, name: str) -> QueueRef:
+        backend = FileBackend(self.root, account="account")
+        ref = await backend.declare(name)
+        await backend.aclose()
+        return ref
+
+    async def delete(self, queue: QueueRef) -> None:
+        shutil.rmtree(self.root / queue.name)
+
+    async def depth(self, queue: QueueRef) -> int:
+        return sum(is_message_name(path.name) for path in (self.root / queue.name).iterdir())
+
+    async def break_connection(self, backend: QueueBackend) -> None:
+        """What another host does that takes this one for dead, in the same two steps."""
+        assert isinstance(backend, FileBackend)
+        own = backend._claims._own
+        own.rename(own.with_name(f".dead-{own.name}"))
+        backend._claims.sweep()
+
+
+@contextlib.asynccontextmanager
+async def memory(_request: pytest.FixtureRequest) -> AsyncIterator[QueueHarness]:
+    yield MemoryHarness()
+
+
+@contextlib.asynccontextmanager
+async def filequeue(request: pytest.FixtureRequest) -> AsyncIterator[QueueHarness]:
+    root: Path = request.getfixturevalue("tmp_path") / "queues"
+    root.mkdir()
+    yield FileHarness(root)
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    factory: Callable[[pytest.FixtureRequest], AbstractAsyncContextManager[QueueHarness]]
+    marks: tuple[pytest.MarkDecorator, ...] = ()  # e.g. pytest.mark.service
+
+
+#: every backend that keeps the contract
+BACKENDS: dict[str, Entry] = {
+    "memory": Entry(memory),
+    "filequeue": Entry(filequeue),
+}
