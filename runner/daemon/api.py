@@ -48,7 +48,9 @@ class Api:
         ]
 
     async def _list(self, _request: Request) -> Response:
-        return _Json({"running": [self._shown(active) for active in self._runs], "recent": list(self._runs.recent)})
+        return _Json(
+            {"running": [self._shown(active) for active in self._runs], "recent": list(self._runs.recent)}
+        )
 
     def _shown(self, active: Active) -> dict[str, Any]:
         summary = active.experiment.summary()
@@ -63,7 +65,9 @@ class Api:
         )
 
     async def _output(self, request: Request) -> Response:
-        active = next((active for active in self._runs if active.state.run_id == request.path_params["run"]), None)
+        active = next(
+            (active for active in self._runs if active.state.run_id == request.path_params["run"]), None
+        )
         if active is None:
             return _Json({"error": "no such run in progress"}, status_code=404)
         try:
@@ -76,7 +80,9 @@ class Api:
                 content = file.read(CHUNK_BYTES)
         except FileNotFoundError:
             content = b""
-        return Response(content, media_type="application/octet-stream", headers={"x-offset": str(offset + len(content))})
+        return Response(
+            content, media_type="application/octet-stream", headers={"x-offset": str(offset + len(content))}
+        )
 
     async def _queues(self, _request: Request) -> Response:
         return _Json(

@@ -55,7 +55,9 @@ class Ledger:
             self._db.execute("PRAGMA synchronous=NORMAL")
             self._db.executescript(_SCHEMA)
         except sqlite3.Error as exc:
-            raise errors.UsageError(f"{path}: cannot be used as the attempt ledger: {exc}; move it away to start a new one") from exc
+            raise errors.UsageError(
+                f"{path}: cannot be used as the attempt ledger: {exc}; move it away to start a new one"
+            ) from exc
         self._prune()
 
     def close(self) -> None:
@@ -64,7 +66,9 @@ class Ledger:
 
     def attempts(self, queue: str, digest: str) -> Attempts:
         """What has been tried so far."""
-        row = self._db.execute("SELECT count, reason, text FROM attempts WHERE queue=? AND digest=?", (queue, digest)).fetchone()
+        row = self._db.execute(
+            "SELECT count, reason, text FROM attempts WHERE queue=? AND digest=?", (queue, digest)
+        ).fetchone()
         return Attempts(count=row[0], reason=row[1], text=row[2]) if row else Attempts()
 
     def begin(self, queue: str, digest: str, carried: int = 0) -> int:
@@ -81,13 +85,15 @@ class Ledger:
     def undo(self, queue: str, digest: str) -> None:
         """The last `begin` was no attempt after all (the other side was away, the runner drained)."""
         self._db.execute(
-            "UPDATE attempts SET count=count-1, time=? WHERE queue=? AND digest=? AND count>0", (time.time(), queue, digest)
+            "UPDATE attempts SET count=count-1, time=? WHERE queue=? AND digest=? AND count>0",
+            (time.time(), queue, digest),
         )
 
     def failed(self, queue: str, digest: str, reason: str, text: str) -> None:
         """Why the last attempt failed."""
         self._db.execute(
-            "UPDATE attempts SET reason=?, text=?, time=? WHERE queue=? AND digest=?", (reason, text, time.time(), queue, digest)
+            "UPDATE attempts SET reason=?, text=?, time=? WHERE queue=? AND digest=?",
+            (reason, text, time.time(), queue, digest),
         )
 
     def finish(self, queue: str, digest: str) -> None:
@@ -98,7 +104,9 @@ class Ledger:
 
     def finished(self, queue: str, digest: str) -> bool:
         """Whether it finished here in the last 24 hours."""
-        row = self._db.execute("SELECT time FROM finished WHERE queue=? AND digest=?", (queue, digest)).fetchone()
+        row = self._db.execute(
+            "SELECT time FROM finished WHERE queue=? AND digest=?", (queue, digest)
+        ).fetchone()
         return row is not None and time.time() - row[0] < FINISHED_SECS
 
     def _prune(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import datetime
+import datetime as dt
 import os
 import re
 import secrets
@@ -37,7 +37,9 @@ class DeadLetter:
 
     def as_document(self, body: bytes) -> dict[str, Any]:
         """For the file that people read: `body`, or `body_base64` when it is not UTF-8 text."""
-        document: dict[str, Any] = {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
+        document: dict[str, Any] = {
+            key: value for key, value in dataclasses.asdict(self).items() if value is not None
+        }
         try:
             document["body"] = redact.redact_value(orjson.loads(body))
         except orjson.JSONDecodeError:
@@ -55,14 +57,22 @@ class DeadLetters:
         self.directory = directory
 
     def add(
-        self, queue: QueueRef, body: bytes, *, digest: str, reason: str, text: str, attempts: int, results: Path | None = None
+        self,
+        queue: QueueRef,
+        body: bytes,
+        *,
+        digest: str,
+        reason: str,
+        text: str,
+        attempts: int,
+        results: Path | None = None,
     ) -> Path:
         """Write it down, durably, before the message is acknowledged; the path of the readable file. Blocking.
 
         Raises:
             OSError: the disk is full or read-only; then the message must not be acknowledged.
         """
-        now = datetime.datetime.now(datetime.UTC)
+        now = dt.datetime.now(dt.UTC)
         letter = DeadLetter(
             queue=str(queue),
             account=queue.account,
@@ -78,7 +88,10 @@ class DeadLetters:
         name = f"{now:%Y%m%dT%H%M%S.%f}Z-{secrets.token_hex(4)}"
         _write(folder / f"{name}.body", body)
         path = folder / f"{name}.json"
-        _write(path, orjson.dumps(letter.as_document(body), option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_INDENT_2))
+        _write(
+            path,
+            orjson.dumps(letter.as_document(body), option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_INDENT_2),
+        )
         _sync(folder)
         return path
 

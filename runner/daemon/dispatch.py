@@ -45,7 +45,14 @@ class Dispatcher:
     """Opens and closes queues, admits messages."""
 
     def __init__(
-        self, *, allocator: Allocator, runs: Runs, ledger: Ledger, endpoints: Endpoints, metrics: Metrics, undelivered: list[RunState]
+        self,
+        *,
+        allocator: Allocator,
+        runs: Runs,
+        ledger: Ledger,
+        endpoints: Endpoints,
+        metrics: Metrics,
+        undelivered: list[RunState],
     ) -> None:
         self._allocator = allocator
         self._runs = runs
@@ -111,7 +118,11 @@ class Dispatcher:
     def _cancel_runs_of(self, state: QueueState) -> None:
         for active in self._runs:
             if active.queue is state:
-                log.warning("the queue of a running experiment was deleted: stopping it", queue=str(state.ref), run=active.state.run_id)
+                log.warning(
+                    "the queue of a running experiment was deleted: stopping it",
+                    queue=str(state.ref),
+                    run=active.state.run_id,
+                )
                 active.experiment.stop(errors.Reason.QUEUE_DELETED, "its queue was deleted")
 
     def closed_because(self, state: QueueState) -> str:
@@ -140,7 +151,8 @@ class Dispatcher:
             timers = [when - time.monotonic() for when in (state.closed_until, state.ask_until)]
             wait = min((timer for timer in timers if timer > 0), default=None)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(changed.wait(), wait)
+                async with asyncio.timeout(wait):
+                    await changed.wait()
 
     async def _work(self, state: QueueState) -> None:
         consumer: Consumer | None = None
@@ -196,42 +208,50 @@ class Dispatcher:
             await delivery.requeue(state.back_off("the runner failed to handle its message"))
 
     async def _sort(self, state: QueueState, delivery: Delivery) -> None:
+        if delivery.redelivered and await self._known(state, delivery):
+            return
         key, digest = state.ledger_key, delivery.digest
-        if delivery.redelivered:
-            if twins := self._runs.find(state, digest):
-                await self._runs.adopt(twins, delivery)
-                return
-            if self._ledger.finished(key, digest):
-                log.info("acknowledged a redelivery of what finished here", queue=str(state.ref), digest=digest[:12])
-                await delivery.ack()
-                return
         tried = self._ledger.attempts(key, digest)
         # Runs of the same bytes that are alive here have not failed (yet).
-        known = max(tried.count, delivery.attempts) - len(self._runs.find(state, digest))
+        count = max(tried.count, delivery.attempts) - len(self._runs.find(state, digest))
         try:
             request = decode.decode(delivery.body)
             if (left := self._undelivered.pop((key, digest), None)) is not None:
                 self._runs.resume(state, delivery, request, left)
-                return
-            if known >= MAX_ATTEMPTS:
-                text = f"gave up after {known} attempts: {tried.text or 'they were made by other hosts'}"
-                await self._runs.reject(state, delivery, reason=errors.Reason.ATTEMPTS, text=text, attempts=known)
-                return
-            state.remember(request.resources)
-            allocation = await self._room(state, request)
+            elif count >= MAX_ATTEMPTS:
+                text = f"gave up after {count} attempts: {tried.text or 'they were made by other hosts'}"
+                await self._runs.reject(
+                    state, delivery, reason=errors.Reason.ATTEMPTS, text=text, attempts=count
+                )
+            else:
+                state.remember(request.resources)
+                self._start(state, delivery, request, await self._room(state, request))
         except errors.Refused as exc:
-            self._metrics.delivery("refused")
-            await self._runs.reject(state, delivery, reason=exc.reason, text=str(exc), attempts=known)
-            return
+            await self._runs.reject(state, delivery, reason=exc.reason, text=str(exc), attempts=count)
         except errors.NotForThisHost as exc:
             await self._elsewhere(state, delivery, exc)
-            return
         except errors.NoCapacity as exc:
-            log.info("put back for want of room", queue=str(state.ref), lacking=exc.lacking, parked_secs=PARK_SECS)
-            self._metrics.delivery("no-capacity")
+            log.info(
+                "put back for want of room", queue=str(state.ref), lacking=exc.lacking, parked_secs=PARK_SECS
+            )
+            self._metrics.delivery("requeue")
             await delivery.requeue()
-            return
-        self._start(state, delivery, request, allocation)
+
+    async def _known(self, state: QueueState, delivery: Delivery) -> bool:
+        """Whether a redelivery is of what runs or has finished here; then it is dealt with (DESIGN.md 5.3)."""
+        if twins := self._runs.find(state, delivery.digest):
+            await self._runs.adopt(twins, delivery)
+            return True
+        if self._ledger.finished(state.ledger_key, delivery.digest):
+            log.info(
+                "acknowledged a redelivery of what finished here",
+                queue=str(state.ref),
+                digest=delivery.digest[:12],
+            )
+            self._metrics.delivery("ack")
+            await delivery.ack()
+            return True
+        return False
 
     async def _room(self, state: QueueState, request: Request) -> Allocation:
         return await self._allocator.acquire(request.resources, rank=state.usage, timeout_secs=PARK_SECS)
@@ -242,12 +262,11 @@ class Dispatcher:
         except BaseException:
             allocation.release()
             raise
-        self._metrics.delivery("started")
 
     async def _elsewhere(self, state: QueueState, delivery: Delivery, exc: errors.NotForThisHost) -> None:
         wait = state.back_off(str(exc), at_least_secs=ELSEWHERE_SECS)
         if (state.ledger_key, delivery.digest) not in self._said:
             self._said.add((state.ledger_key, delivery.digest))
             log.warning("left to other hosts", queue=str(state.ref), why=str(exc), retry_secs=round(wait))
-        self._metrics.delivery("not-for-this-host")
+        self._metrics.delivery("requeue")
         await delivery.requeue(wait)

@@ -52,7 +52,11 @@ class Endpoints:
             if await answers():
                 break
             wait = min(wait * 2, LAST_PROBE_SECS)
-        log.info("endpoint answers again", endpoint=endpoint, away_secs=round(time.monotonic() - self._away.pop(endpoint), 1))
+        log.info(
+            "endpoint answers again",
+            endpoint=endpoint,
+            away_secs=round(time.monotonic() - self._away.pop(endpoint), 1),
+        )
         self._on_change()
 
     async def aclose(self) -> None:

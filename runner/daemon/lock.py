@@ -53,7 +53,9 @@ def sole_daemon(working_dir: Path) -> Iterator[None]:
 def announce(working_dir: Path, address: tuple[str, int]) -> None:
     """Write down where this daemon answers, for clients on this machine."""
     host, port = address
-    content = orjson.dumps({"address": f"{host}:{port}", "pid": os.getpid()}, option=orjson.OPT_APPEND_NEWLINE)
+    content = orjson.dumps(
+        {"address": f"{host}:{port}", "pid": os.getpid()}, option=orjson.OPT_APPEND_NEWLINE
+    )
     partial = working_dir / f"{ADDRESS}.partial"
     partial.unlink(missing_ok=True)
     with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:  # noqa: PTH123 - a mode at birth

@@ -88,7 +88,11 @@ class Runs:
 
     def find(self, queue: QueueState, digest: str) -> list[Active]:
         """The runs in progress of that message: several, when experimenters publish the same bytes more than once."""
-        return [active for active in self if active.state.queue == queue.ledger_key and active.state.digest == digest]
+        return [
+            active
+            for active in self
+            if active.state.queue == queue.ledger_key and active.state.digest == digest
+        ]
 
     def holds(self, delivery: Delivery) -> bool:
         """Whether a run in progress will end that delivery."""
@@ -103,7 +107,9 @@ class Runs:
         workspace = Workspace.create(self._config.paths.working_dir / "runs", request.key)
         workspace.request.touch(mode=0o600)
         workspace.request.write_bytes(delivery.body)
-        experiment = Experiment(request=request, workspace=workspace, tools=self._tools, granted=allocation.amounts)
+        experiment = Experiment(
+            request=request, workspace=workspace, tools=self._tools, granted=allocation.amounts
+        )
         twins = len(self.find(queue, delivery.digest))
         attempt = self._ledger.begin(queue.ledger_key, delivery.digest, delivery.attempts) - twins
         experiment.attempt = attempt
@@ -118,14 +124,25 @@ class Runs:
         )
         self._states.save(state)
         self._begin(
-            Active(queue=queue, delivery=delivery, request=request, experiment=experiment, attempt=attempt, state=state),
+            Active(
+                queue=queue,
+                delivery=delivery,
+                request=request,
+                experiment=experiment,
+                attempt=attempt,
+                state=state,
+            ),
             allocation,
         )
 
     def resume(self, queue: QueueState, delivery: Delivery, request: Request, state: RunState) -> None:
         """A run of an earlier daemon whose results are still to be stored: store them, and end the delivery."""
         experiment = Experiment.resumed(
-            request=request, workspace=Workspace(root=state.root), tools=self._tools, second=state.second, started=state.started
+            request=request,
+            workspace=Workspace(root=state.root),
+            tools=self._tools,
+            second=state.second,
+            started=state.started,
         )
         experiment.attempt = state.attempt
         self._begin(
@@ -155,10 +172,18 @@ class Runs:
         for active in twins:
             if active.delivery.lost.is_set():
                 active.delivery = delivery
-                log.info("adopted the redelivered message of a run in progress", queue=str(delivery.queue), run=active.state.run_id)
+                log.info(
+                    "adopted the redelivered message of a run in progress",
+                    queue=str(delivery.queue),
+                    run=active.state.run_id,
+                )
                 return
         await delivery.ack()
-        log.warning("acknowledged a second copy of a message that runs here", queue=str(delivery.queue), run=twins[0].state.run_id)
+        log.warning(
+            "acknowledged a second copy of a message that runs here",
+            queue=str(delivery.queue),
+            run=twins[0].state.run_id,
+        )
 
     async def _run(self, active: Active, allocation: Allocation | None) -> None:
         began = time.monotonic()
@@ -173,9 +198,11 @@ class Runs:
         with structlog.contextvars.bound_contextvars(**context):
             try:
                 outcome = await self._attempt(active, held)
-            except Exception as exc:  # noqa: BLE001 - the edge: a defect of ours fails one run, not the daemon
+            except Exception as exc:  # the edge: a defect of ours fails one run, not the daemon
                 log.exception("the runner failed")
-                outcome = Outcome.of_error(errors.RunnerError(f"the runner failed: {type(exc).__name__}: {exc}"))
+                outcome = Outcome.of_error(
+                    errors.RunnerError(f"the runner failed: {type(exc).__name__}: {exc}")
+                )
             finally:
                 if held is not None:
                     held.release()
@@ -207,9 +234,13 @@ class Runs:
             await experiment.discard(keep=self._config.paths.keep_runs)
         return outcome
 
-    async def _deliver(self, active: Active, outcome: Outcome, allocation: Allocation | None) -> tuple[Outcome, Path | None]:
+    async def _deliver(
+        self, active: Active, outcome: Outcome, allocation: Allocation | None
+    ) -> tuple[Outcome, Path | None]:
         """Store the results; the outcome, and where the results are when they cannot be stored."""
-        delivery = asyncio.create_task(active.experiment.deliver(outcome, on_unreachable=lambda away: self._away(active, away)))
+        delivery = asyncio.create_task(
+            active.experiment.deliver(outcome, on_unreachable=lambda away: self._away(active, away))
+        )
         try:
             await asyncio.wait({delivery}, timeout=DELIVERY_HOLDS_MACHINE_SECS)
             if not delivery.done() and allocation is not None:
@@ -221,7 +252,9 @@ class Runs:
         except errors.AttemptFailed as exc:
             text = f"the results cannot be stored: {exc}; they are kept in {active.state.root}"
             failed = Outcome.of_error(errors.Refused(text))
-            return dataclasses.replace(failed, reason=exc.reason, exit_code=outcome.exit_code), active.state.root
+            return dataclasses.replace(
+                failed, reason=exc.reason, exit_code=outcome.exit_code
+            ), active.state.root
         finally:
             if not delivery.done():
                 delivery.cancel()
@@ -239,7 +272,12 @@ class Runs:
             self._ledger.undo(queue.ledger_key, digest)
         else:
             self._ledger.failed(queue.ledger_key, digest, outcome.reason, outcome.text)
-        told = {"status": outcome.status, "reason": outcome.reason, "text": outcome.text, "exit_code": outcome.exit_code}
+        told = {
+            "status": outcome.status,
+            "reason": outcome.reason,
+            "text": outcome.text,
+            "exit_code": outcome.exit_code,
+        }
         match fate:
             case errors.Fate.ACK:
                 self._ledger.finish(queue.ledger_key, digest)
@@ -252,19 +290,29 @@ class Runs:
                     wait = 0.0
                 elif outcome.endpoint and active.experiment.knows(outcome.endpoint):
                     queue.endpoint = outcome.endpoint
-                    self._endpoints.lost(outcome.endpoint, lambda: active.experiment.answers(outcome.endpoint))
+                    self._endpoints.lost(
+                        outcome.endpoint, lambda: active.experiment.answers(outcome.endpoint)
+                    )
                 else:
                     wait = queue.back_off(outcome.text)
                 await delivery.requeue(wait)
                 log.warning("experiment goes back to its queue", **told, wait_secs=round(wait, 1))
             case errors.Fate.REJECT:
-                text = outcome.text if outcome.fate is fate else f"gave up after {active.attempt} attempts: {outcome.text}"
-                await self.reject(queue, delivery, reason=outcome.reason, text=text, attempts=active.attempt, results=kept)
+                text = (
+                    outcome.text
+                    if outcome.fate is fate
+                    else f"gave up after {active.attempt} attempts: {outcome.text}"
+                )
+                await self.reject(
+                    queue, delivery, reason=outcome.reason, text=text, attempts=active.attempt, results=kept
+                )
 
     def _fate(self, active: Active, outcome: Outcome) -> errors.Fate:
         if outcome.fate is errors.Fate.REQUEUE and outcome.counts and active.attempt >= MAX_ATTEMPTS:
             return errors.Fate.REJECT
-        failed_by_itself = outcome.status is Status.FAILED and not outcome.by_runner and outcome.fate is errors.Fate.ACK
+        failed_by_itself = (
+            outcome.status is Status.FAILED and not outcome.by_runner and outcome.fate is errors.Fate.ACK
+        )
         if failed_by_itself and active.attempt <= self._config.runs.retries:
             return errors.Fate.REQUEUE
         return outcome.fate
@@ -293,13 +341,24 @@ class Runs:
             )
         except OSError as exc:
             wait = queue.back_off(f"a dead letter cannot be written: {exc}", at_least_secs=60)
-            log.error("a dead letter cannot be written; the message goes back to its queue", error=str(exc), wait_secs=round(wait))
+            log.error(  # noqa: TRY400 - the error tells it all
+                "a dead letter cannot be written; the message goes back to its queue",
+                error=str(exc),
+                wait_secs=round(wait),
+            )
             await delivery.requeue(wait)
             return
         self._ledger.finish(queue.ledger_key, delivery.digest)
         self._tools.metrics.dead_letter(reason)
         await delivery.reject()
-        log.warning("message dead-lettered", queue=str(delivery.queue), reason=reason, text=text, attempts=attempts, path=str(path))
+        log.warning(
+            "message dead-lettered",
+            queue=str(delivery.queue),
+            reason=reason,
+            text=text,
+            attempts=attempts,
+            path=str(path),
+        )
 
     def stop_all(self, reason: errors.Reason, text: str, grace_secs: float) -> None:
         """End every run: TERM, grace, KILL; then each is settled by its own task."""

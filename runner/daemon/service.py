@@ -28,9 +28,9 @@ from runner.daemon.attempts import Ledger
 from runner.daemon.deadletters import DeadLetters
 from runner.daemon.dispatch import Dispatcher
 from runner.daemon.endpoints import Endpoints
+from runner.daemon.interrupted import Interrupted
 from runner.daemon.runs import Runs
 from runner.daemon.stop import Stop
-from runner.experiment.interrupted import Interrupted
 from runner.experiment.tools import Tools
 from runner.process.spawner import Spawner
 from runner.queues.catalog import Added, Catalog
@@ -80,7 +80,9 @@ def private_directory(path: Path, option: str) -> Path:
     except OSError as exc:
         raise errors.UsageError(f"{option} {path}: cannot be used: {exc.strerror}") from exc
     if owner != os.geteuid():
-        raise errors.UsageError(f"{option} {path}: belongs to user {owner}, not to {os.geteuid()}; name a directory of your own")
+        raise errors.UsageError(
+            f"{option} {path}: belongs to user {owner}, not to {os.geteuid()}; name a directory of your own"
+        )
     return path
 
 
@@ -119,7 +121,7 @@ class Service:
                 stack.push_async_callback(spawner.aclose)
                 tools = self._tools(spawner)
                 stack.callback(self._parts.stores.close)
-                endpoints = Endpoints(lambda: dispatcher.notify())
+                endpoints = Endpoints(lambda: dispatcher.notify())  # noqa: PLW0108 - made below
                 stack.push_async_callback(endpoints.aclose)
                 runs = Runs(
                     config=self._config,
@@ -149,7 +151,9 @@ class Service:
         allocator = Allocator(probe.machine(self._config.machine, volume), lambda: probe.disk_free(volume))
         self._metrics.watch_free(
             lambda: telemetry.Free(
-                cores=allocator.free.cpus, mem_bytes=allocator.free.ram_bytes, disk_bytes=allocator.free.hdd_bytes
+                cores=allocator.free.cpus,
+                mem_bytes=allocator.free.ram_bytes,
+                disk_bytes=allocator.free.hdd_bytes,
             )
         )
         return Tools(
@@ -163,10 +167,15 @@ class Service:
             allocator=allocator,
         )
 
-    async def _listen(self, stack: contextlib.AsyncExitStack, catalog: Catalog, dispatcher: Dispatcher, runs: Runs) -> None:
+    async def _listen(
+        self, stack: contextlib.AsyncExitStack, catalog: Catalog, dispatcher: Dispatcher, runs: Runs
+    ) -> None:
         def readiness() -> Readiness:
             accounts = {status.account: status.problem for status in catalog.statuses()}
-            return Readiness(ready=not self.stop.drain.is_set() and any(not problem for problem in accounts.values()), accounts=accounts)
+            return Readiness(
+                ready=not self.stop.drain.is_set() and any(not problem for problem in accounts.values()),
+                accounts=accounts,
+            )
 
         server = HttpServer(
             self._config.http,
@@ -179,7 +188,9 @@ class Service:
         lock.announce(self._config.paths.working_dir, address)
         log.info("listening", address=f"{address[0]}:{address[1]}")
 
-    async def _serve(self, catalog: Catalog, dispatcher: Dispatcher, runs: Runs, interrupted: Interrupted) -> int:
+    async def _serve(
+        self, catalog: Catalog, dispatcher: Dispatcher, runs: Runs, interrupted: Interrupted
+    ) -> int:
         def on_change(event: object) -> None:
             if isinstance(event, Added):
                 dispatcher.serve(event.queue, event.backend)
@@ -238,7 +249,8 @@ class Service:
             return 0
         finished.cancel()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(runs.abort(), FORCE_SECS)
+            async with asyncio.timeout(FORCE_SECS):
+                await runs.abort()
         return 128 + self.stop.signal
 
     async def _limits(self, runs: Runs) -> None:

@@ -28,10 +28,15 @@ class Stop:
         """The first time drain, the second time force."""
         self.signal = number
         if self.drain.is_set():
-            log.warning("second signal: ending at once", signal=signal.Signals(number).name if number else None)
+            log.warning(
+                "second signal: ending at once", signal=signal.Signals(number).name if number else None
+            )
             self.force.set()
         else:
-            log.info("draining: no new work, what runs goes on", signal=signal.Signals(number).name if number else None)
+            log.info(
+                "draining: no new work, what runs goes on",
+                signal=signal.Signals(number).name if number else None,
+            )
             self.drain.set()
 
     @contextlib.contextmanager

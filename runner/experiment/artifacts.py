@@ -30,8 +30,6 @@ log = structlog.get_logger(__name__)
 
 #: Never fetched: the runner writes the one anew, and the other is not an archive.
 _NOT_FETCHED = frozenset({"output", "_metadata"})
-#: Their archives hold bare names, which the clients' readers of results expect (INTEROP.md 4.2).
-_BARE = frozenset({"output", "retval"})
 #: An archive up to this size is packed in memory, a larger one in a file of the run's directory.
 _SPOOL_BYTES = 1 << 20
 #: How long a cancelled transfer is waited for; the deadlines of the stores are longer.
@@ -114,9 +112,13 @@ class Artifacts:
             # A full disk is nothing that the message is to blame for.
             raise errors.AttemptFailed(f"artifact {artifact.tag!r} cannot be written: {exc}") from exc
 
-    async def _in_thread(self, work: Callable[[Artifact, Location], None], artifact: Artifact, location: Location) -> None:
+    async def _in_thread(
+        self, work: Callable[[Artifact, Location], None], artifact: Artifact, location: Location
+    ) -> None:
         """As `asyncio.to_thread`, but when cancelled the thread is told, and waited for a moment: it writes where others clean up."""
-        thread = asyncio.create_task(asyncio.to_thread(work, artifact, location), name=f"transfer {artifact.tag}")
+        thread = asyncio.create_task(
+            asyncio.to_thread(work, artifact, location), name=f"transfer {artifact.tag}"
+        )
         try:
             await asyncio.shield(thread)
         except asyncio.CancelledError:
@@ -193,7 +195,12 @@ class Artifacts:
         else:
             with tempfile.SpooledTemporaryFile(_SPOOL_BYTES, dir=self._workspace.private) as packed:
                 result = archive.pack(
-                    directory, packed, style=self._style(artifact), compression=archive.compression_of(location.key)
+                    directory,
+                    packed,
+                    style=archive.style_for(
+                        artifact.tag, from_completion_service=self._request.from_completion_service
+                    ),
+                    compression=archive.compression_for(location.key),
                 )
                 for warning in result.warnings:
                     log.warning("artifact", artifact=artifact.tag, warning=warning)
@@ -206,11 +213,6 @@ class Artifacts:
         """Store bytes at a place, and count them. Blocking. Raises as `ObjectStore.put`."""
         self.store(location).put(location.key, source, size)
         self._tools.metrics.uploaded(size)
-
-    def _style(self, artifact: Artifact) -> archive.PackStyle:
-        if artifact.tag not in _BARE:
-            return archive.PackStyle.TREE
-        return archive.PackStyle.DOT_SINGLE if self._request.from_completion_service else archive.PackStyle.BARE
 
 
 def _basename(location: Location, artifact: Artifact) -> str:

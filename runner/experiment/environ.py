@@ -24,7 +24,9 @@ _PERCENT = re.compile(r"%([A-Za-z_][A-Za-z0-9_]*)%")
 _DOLLAR = re.compile(r"\$(?:\{([A-Za-z_][A-Za-z0-9_]*)\}|([A-Za-z_][A-Za-z0-9_]*))")
 
 
-def workload(request: Request, workspace: Workspace, granted: Resources, own: Mapping[str, str]) -> dict[str, str]:
+def workload(
+    request: Request, workspace: Workspace, granted: Resources, own: Mapping[str, str]
+) -> dict[str, str]:
     """The complete environment of the program, but for what the executor adds. `own` is the runner's environment.
 
     `%NAME%`, `$NAME` and `${NAME}` in a value of `config.env` stand for a variable of the environment built so far;

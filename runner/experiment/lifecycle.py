@@ -75,7 +75,10 @@ class Experiment:
         self._tools = tools
         self._granted = granted
         self.accession = names.Accession(
-            tools.host, names.claim_second(tools.config.paths.state_dir, tools.host, self.started) if second is None else second
+            tools.host,
+            names.claim_second(tools.config.paths.state_dir, tools.host, self.started)
+            if second is None
+            else second,
         )
         self._artifacts = Artifacts(request, workspace, tools)
         self._record = Record(self, tools)
@@ -88,9 +91,13 @@ class Experiment:
         self._stage_began = time.monotonic()
 
     @classmethod
-    def resumed(cls, *, request: Request, workspace: Workspace, tools: Tools, second: int, started: float) -> Experiment:
+    def resumed(
+        cls, *, request: Request, workspace: Workspace, tools: Tools, second: int, started: float
+    ) -> Experiment:
         """An attempt of an earlier daemon whose workload is over: only `deliver` is left."""
-        experiment = cls(request=request, workspace=workspace, tools=tools, granted=None, second=second, started=started)
+        experiment = cls(
+            request=request, workspace=workspace, tools=tools, granted=None, second=second, started=started
+        )
         experiment._staged = True  # its own class
         experiment._artifacts.locate()
         return experiment
@@ -131,8 +138,10 @@ class Experiment:
     # -- the run
 
     def stop(self, reason: errors.Reason, text: str, grace_secs: float = KILL_GRACE_SECS) -> None:
-        """End it: TERM, grace, KILL for the workload, a prompt end for anything before it; results that cannot be stored now are
-        left to the next daemon. Returns at once; the first reason stays.
+        """End it, in the background; the first reason stays.
+
+        TERM, grace, KILL for the workload, a prompt end for anything before it; results that cannot be stored now are left
+        to the next daemon.
         """
         if self._stopping is None:
             self._stopping = (reason, text)
@@ -187,7 +196,9 @@ class Experiment:
             workspace=self.workspace.workspace,
             filename=self.request.filename,
             args=self.request.args,
-            env=environ.workload(self.request, self.workspace, self._granted, os.environ) if self._granted else {},
+            env=environ.workload(self.request, self.workspace, self._granted, os.environ)
+            if self._granted
+            else {},
             python=self.request.python,
             requirements=self.request.requirements,
             extra_requirements=self.request.extra_requirements,
@@ -201,7 +212,9 @@ class Experiment:
     async def _run_program(self, prepared: Prepared) -> Outcome:
         self._enter("running")
         self._record.running(prepared.facts)
-        command = Command(argv=prepared.argv, env=prepared.env, cwd=self.workspace.workspace, output=self.workspace.output)
+        command = Command(
+            argv=prepared.argv, env=prepared.env, cwd=self.workspace.workspace, output=self.workspace.output
+        )
         async with self._side_task(self._checkpoints()), self._limited():
             self._process = await self._tools.spawner.start(command)
             if self._stopping is not None:  # asked for while it was being started
@@ -237,7 +250,11 @@ class Experiment:
             text = f"it ran for its max_duration of {limit:g} s"
             timers.append(loop.call_later(max(0.0, limit), self.stop, errors.Reason.TIMEOUT, text))
         if (left := self._lifetime_left()) is not None:
-            timers.append(loop.call_later(max(0.0, left), self.stop, errors.Reason.EXPIRED, "its lifetime ended while it ran"))
+            timers.append(
+                loop.call_later(
+                    max(0.0, left), self.stop, errors.Reason.EXPIRED, "its lifetime ended while it ran"
+                )
+            )
         try:
             yield
         finally:
@@ -253,7 +270,9 @@ class Experiment:
         left = self._lifetime_left()
         if left is None or left > 0:
             return None
-        return Outcome.of_stop(errors.Reason.EXPIRED, f"its lifetime ended {-left:.0f} s before it could start")
+        return Outcome.of_stop(
+            errors.Reason.EXPIRED, f"its lifetime ended {-left:.0f} s before it could start"
+        )
 
     # -- checkpoints and results
 
@@ -265,7 +284,9 @@ class Experiment:
             for artifact in self.request.artifacts
             if artifact.mutable
         }
-        frequency = {artifact.tag: artifact.save_frequency_secs or regular for artifact in self.request.artifacts}
+        frequency = {
+            artifact.tag: artifact.save_frequency_secs or regular for artifact in self.request.artifacts
+        }
         document_due = time.monotonic() + FIRST_CHECKPOINT_SECS
         while True:
             await asyncio.sleep(max(0.05, min([document_due, *due.values()]) - time.monotonic()))
@@ -278,16 +299,28 @@ class Experiment:
                 due[tag] = time.monotonic() + frequency[tag]
             if document_due <= now:
                 document_due = time.monotonic() + regular
-            log.debug("checkpoint", artifacts=tags, failed=len(failed), secs=round(time.monotonic() - began, 3))
+            log.debug(
+                "checkpoint", artifacts=tags, failed=len(failed), secs=round(time.monotonic() - began, 3)
+            )
 
     async def _close(self, outcome: Outcome) -> None:
         """Write down how it ended: the closing line of the output, and the final document."""
         if outcome.by_runner:
-            await asyncio.to_thread(_closing_line, self.workspace, f"studio-runner: {redact.redact_text(outcome.text)}")
+            await asyncio.to_thread(
+                _closing_line, self.workspace, f"studio-runner: {redact.redact_text(outcome.text)}"
+            )
         await asyncio.to_thread(self._record.finish, outcome)
-        log.info("workload over", status=outcome.status, reason=outcome.reason, text=outcome.text, exit_code=outcome.exit_code)
+        log.info(
+            "workload over",
+            status=outcome.status,
+            reason=outcome.reason,
+            text=outcome.text,
+            exit_code=outcome.exit_code,
+        )
 
-    async def deliver(self, outcome: Outcome, *, on_unreachable: Callable[[errors.Unreachable], None]) -> None:
+    async def deliver(
+        self, outcome: Outcome, *, on_unreachable: Callable[[errors.Unreachable], None]
+    ) -> None:
         """Store the results. Returns when they are durable, or, where the outcome does not depend on them, when that was tried.
 
         While a server is away it goes on trying, for ever, and calls `on_unreachable` each time.
@@ -306,11 +339,16 @@ class Experiment:
                 if not away:
                     raise errors.AttemptFailed(str(failed[0])) from failed[0]
                 on_unreachable(away[0])
-                log.warning("results cannot be stored yet, trying again", error=str(away[0]), wait_secs=round(wait, 1))
+                log.warning(
+                    "results cannot be stored yet, trying again", error=str(away[0]), wait_secs=round(wait, 1)
+                )
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._give_up.wait(), wait * random.uniform(0.8, 1.2))
+                    async with asyncio.timeout(wait * random.uniform(0.8, 1.2)):
+                        await self._give_up.wait()
                     self.undelivered = True
-                    raise Undelivered(f"the results could not be stored yet ({away[0]}); they are kept in {self.workspace.root}")
+                    raise Undelivered(
+                        f"the results could not be stored yet ({away[0]}); they are kept in {self.workspace.root}"
+                    )
                 wait = min(wait * 2, LAST_RETRY_SECS)
         self._enter("done")
 
@@ -320,6 +358,12 @@ class Experiment:
         if failed and outcome.fate is errors.Fate.ACK:
             return failed  # the document says that the results are there: not before they are
         return await self._record.upload(final=True) or failed
+
+    async def cut_off(self, outcome: Outcome) -> list[errors.RunnerError]:
+        """The daemon that ran this attempt is dead: end its document. Nothing but metadata is stored; what failed is returned."""
+        with self._capturing():
+            await asyncio.to_thread(self._record.finish, outcome)
+            return await self._record.upload(final=True)
 
     async def abandon(self) -> None:
         """The daemon ends at once: nothing is stored or removed. The supervisor sees to the processes."""
@@ -340,14 +384,21 @@ class Experiment:
     @contextlib.contextmanager
     def _capturing(self) -> Iterator[None]:
         """This run's records go to its own log as well, and its secrets go nowhere."""
-        with logs.capture(self.workspace.run_id, self.workspace.runner_log), redact.secrets.known(_secrets(self.request)):
+        with (
+            logs.capture(self.workspace.run_id, self.workspace.runner_log),
+            redact.secrets.known(_secrets(self.request)),
+        ):
             yield
 
 
 def _secrets(request: Request) -> list[str | None]:
     pairs = [artifact.credentials for artifact in request.artifacts]
-    pairs += [endpoint.credentials for endpoint in (request.storage, request.database) if endpoint is not None]
-    found: list[str | None] = [value for pair in pairs if pair for value in (pair.secret_key, pair.session_token)]
+    pairs += [
+        endpoint.credentials for endpoint in (request.storage, request.database) if endpoint is not None
+    ]
+    found: list[str | None] = [
+        value for pair in pairs if pair for value in (pair.secret_key, pair.session_token)
+    ]
     found += [value for name, value in request.env.items() if redact.names_secret(name)]
     return found
 

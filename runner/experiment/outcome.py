@@ -46,7 +46,10 @@ class Outcome:
     @property
     def by_runner(self) -> bool:
         """Whether the runner ended it or could not start it: then the output gets a closing line that says so."""
-        return self.status is not Status.COMPLETED and self.reason not in {errors.Reason.EXIT, errors.Reason.SIGNAL}
+        return self.status is not Status.COMPLETED and self.reason not in {
+            errors.Reason.EXIT,
+            errors.Reason.SIGNAL,
+        }
 
     @classmethod
     def of_error(cls, error: errors.RunnerError) -> Outcome:
@@ -65,7 +68,11 @@ class Outcome:
         """The workload ended by itself: final, whatever its exit code (DESIGN.md rule 3)."""
         if ended.ok:
             return cls(
-                status=Status.COMPLETED, reason=errors.Reason.EXIT, text="completed", fate=errors.Fate.ACK, exit_code=0
+                status=Status.COMPLETED,
+                reason=errors.Reason.EXIT,
+                text="completed",
+                fate=errors.Fate.ACK,
+                exit_code=0,
             )
         if ended.error is not None:
             return cls.of_error(errors.UnsupportedRequest(f"the program {ended}"))

@@ -65,7 +65,7 @@ class Workspace:
 
     @property
     def output(self) -> Path:
-        """stdout and stderr of the program."""
+        """Where stdout and stderr of the program go."""
         return self.artifact("output") / "output"
 
     @property

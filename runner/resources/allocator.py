@@ -87,7 +87,9 @@ class Allocator:
             ("disk", ask.hdd_bytes, of.hdd_bytes),
         ):
             if wanted > there:
-                short.append(f"{units.format_bytes(wanted)} of {name} are asked for, {units.format_bytes(there)} are there")
+                short.append(
+                    f"{units.format_bytes(wanted)} of {name} are asked for, {units.format_bytes(there)} are there"
+                )
         return "; ".join(short)
 
     def fits(self, ask: Resources) -> bool:
@@ -127,11 +129,7 @@ class Allocator:
         waiter = _Waiter(ask=ask, rank=rank, granted=asyncio.get_running_loop().create_future())
         self._waiters.append(waiter)
         try:
-            return await asyncio.wait_for(asyncio.shield(waiter.granted), timeout_secs)
-        except TimeoutError:
-            if waiter.granted.done():
-                return waiter.granted.result()
-            raise refusal from None
+            await asyncio.wait({waiter.granted}, timeout=timeout_secs)
         except asyncio.CancelledError:
             if waiter.granted.done():
                 waiter.granted.result().release()
@@ -139,7 +137,9 @@ class Allocator:
         finally:
             if waiter in self._waiters:
                 self._waiters.remove(waiter)
-            waiter.granted.cancel()
+        if not waiter.granted.done():
+            raise refusal
+        return waiter.granted.result()
 
     def release(self, allocation: Allocation) -> None:
         """Give it back; does nothing for what is not out. `Allocation.release` is the usual way here."""

@@ -33,7 +33,9 @@ def machine(limits: Machine, volume: Path) -> Resources:
     memory = psutil.virtual_memory().available
     disk = int(shutil.disk_usage(volume).total * (1 - DISK_RESERVE))
     if limits.max_cores > cores:
-        raise errors.UsageError(f"--max-cores {limits.max_cores}: this machine has {cores} cores; ask for at most that")
+        raise errors.UsageError(
+            f"--max-cores {limits.max_cores}: this machine has {cores} cores; ask for at most that"
+        )
     if limits.max_mem_bytes > memory:
         raise errors.UsageError(
             f"--max-mem {units.format_bytes(limits.max_mem_bytes)}: "

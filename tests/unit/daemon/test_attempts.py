@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from runner import errors
+from runner.daemon import attempts
+from runner.daemon.attempts import Ledger
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    yield ledger
+    ledger.close()
+
+
+def test_attempts_are_counted_and_undone(ledger):
+    assert ledger.begin("q", "d") == 1
+    assert ledger.begin("q", "d") == 2
+    ledger.undo("q", "d")
+    assert ledger.attempts("q", "d").count == 1
+    assert ledger.attempts("other", "d").count == 0
+
+
+def test_an_attempt_that_says_nothing_more_is_one_that_killed_the_runner(ledger):
+    ledger.begin("q", "d")
+    assert ledger.attempts("q", "d").reason == "runner"
+    ledger.failed("q", "d", "artifact", "no such object")
+    assert ledger.attempts("q", "d").text == "no such object"
+
+
+def test_attempts_that_travelled_with_the_message_count(ledger):
+    assert ledger.begin("q", "d", carried=2) == 3
+    assert ledger.begin("q", "d", carried=1) == 4
+
+
+def test_finished_messages_are_known_for_a_day_and_start_at_zero_again(ledger, monkeypatch):
+    ledger.begin("q", "d")
+    ledger.finish("q", "d")
+    assert ledger.finished("q", "d")
+    assert ledger.attempts("q", "d").count == 0
+    now = attempts.time.time()
+    monkeypatch.setattr(attempts.time, "time", lambda: now + 24 * 3600 + 1)
+    assert not ledger.finished("q", "d")
+
+
+def test_a_kill_right_after_the_count_loses_nothing(tmp_path):
+    program = textwrap.dedent(
+        """
+        import os, signal, sys
+        from pathlib import Path
+        from runner.daemon.attempts import Ledger
+        Ledger(Path(sys.argv[1])).begin("q", "d")
+        os.kill(os.getpid(), signal.SIGKILL)
+        """
+    )
+    path = tmp_path / "ledger.sqlite"
+    ended = subprocess.run(
+        [sys.executable, "-c", program, str(path)],
+        check=False,
+        cwd=Path(__file__).parents[3],
+        env=dict(os.environ),
+    )
+    assert ended.returncode == -signal.SIGKILL
+    ledger = Ledger(path)
+    assert ledger.attempts("q", "d").count == 1
+    ledger.close()
+
+
+def test_a_file_that_is_no_ledger_is_the_operators_to_move(tmp_path):
+    path = tmp_path / "ledger.sqlite"
+    path.write_text("not a database, but long enough to be looked at as one " * 10)
+    with pytest.raises(errors.UsageError, match="move it away"):
+        Ledger(path)

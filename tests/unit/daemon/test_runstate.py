@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import dataclasses
+
+from runner import errors
+from runner.daemon import runstate
+from runner.daemon.runstate import RunState, RunStates
+from runner.experiment.outcome import Outcome
+
+
+def state(root, run_id="a.0", outcome=None):
+    return RunState(
+        run_id=run_id,
+        root=root / run_id,
+        queue="q",
+        digest="d",
+        second=1700000000,
+        started=1.5,
+        attempt=2,
+        outcome=outcome,
+    )
+
+
+def test_it_comes_back_as_it_was(tmp_path):
+    states = RunStates(tmp_path / "state")
+    outcome = Outcome.of_stop(errors.Reason.TIMEOUT, "too long")
+    states.save(state(tmp_path))
+    states.save(state(tmp_path, "b.0", outcome))
+    assert states.load() == [state(tmp_path), state(tmp_path, "b.0", outcome)]
+
+
+def test_the_sweep_keeps_what_is_undelivered_and_removes_what_nobody_knows(tmp_path):
+    runs = tmp_path / "runs"
+    states = RunStates(tmp_path / "state")
+    for name in ("cut.0", "done.0", "stranger.0"):
+        (runs / name).mkdir(parents=True)
+    done = state(runs, "done.0", Outcome.of_stop(errors.Reason.TIMEOUT, "x"))
+    for each in (state(runs, "cut.0"), done, state(runs, "vanished.0")):
+        states.save(each)
+    undelivered, interrupted = runstate.sweep(states, runs)
+    assert undelivered == [done]
+    assert [each.run_id for each in interrupted] == ["cut.0"]
+    assert sorted(path.name for path in runs.iterdir()) == ["cut.0", "done.0"]
+    assert "vanished.0" not in {each.run_id for each in states.load()}
+
+
+def test_a_state_that_points_elsewhere_removes_nothing_there(tmp_path):
+    states = RunStates(tmp_path / "state")
+    precious = tmp_path / "precious" / "a.0"
+    precious.mkdir(parents=True)
+    states.save(dataclasses.replace(state(tmp_path), root=precious))
+    assert runstate.sweep(states, tmp_path / "runs") == ([], [])
+    assert precious.exists()
+
+
+def test_a_torn_file_is_removed_and_said(tmp_path):
+    states = RunStates(tmp_path)
+    (tmp_path / "x.json").write_text('{"run_id": ')
+    (tmp_path / "y.json").write_text("[1]")
+    assert states.load() == []
+    assert list(tmp_path.glob("*.json")) == []

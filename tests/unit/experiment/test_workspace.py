@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import stat
+
+from runner.experiment.workspace import Workspace
+
+
+def test_artifacts_are_siblings_of_the_workspace_and_nobody_else_may_look(tmp_path):
+    workspace = Workspace.create(tmp_path / "runs", "key")
+    assert workspace.artifact("modeldir").parent == workspace.workspace.parent
+    assert stat.S_IMODE(workspace.root.stat().st_mode) == 0o700
+
+
+def test_the_same_key_twice_gets_two_directories(tmp_path):
+    first, second = (Workspace.create(tmp_path, "key") for _ in range(2))
+    assert first.root != second.root
+    assert first.run_id.split(".")[0] == second.run_id.split(".")[0]
+
+
+def test_a_key_never_becomes_a_path(tmp_path):
+    workspace = Workspace.create(tmp_path / "runs", "../../etc/\x00\ud800")
+    assert workspace.root.parent == tmp_path / "runs"
+
+
+def test_remove_takes_also_what_the_workload_has_protected(tmp_path):
+    workspace = Workspace.create(tmp_path, "key")
+    (workspace.workspace / "d").mkdir()
+    (workspace.workspace / "d" / "f").write_text("x")
+    (workspace.workspace / "d").chmod(0o500)
+    workspace.remove()
+    assert not workspace.root.exists()
