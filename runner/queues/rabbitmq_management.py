@@ -1,0 +1,149 @@
+"""What RabbitMQ's management API tells: which queues there are, and whether one is durable (INTEROP.md 2.3)."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import http.client
+import socket
+import ssl
+import time
+import urllib.parse
+from typing import Any
+
+import orjson
+
+from runner import errors
+
+DEADLINE_SECS = 10.0
+MAX_BYTES = 128 * 1024 * 1024  #: an answer about 10 000 queues has 4 MB
+EXCHANGE = "StudioML.topic"
+KEY_PREFIX = "StudioML."
+
+_CHUNK_BYTES = 256 * 1024
+
+
+class Management:
+    """The management API of one broker. Each call is one HTTP request with a deadline; redirects are not followed."""
+
+    def __init__(self, url: str, *, user: str, password: str, tls: ssl.SSLContext | None = None) -> None:
+        """`url` may have credentials and a path of its own; `user` and `password` serve when it has none. No I/O.
+
+        Raises `errors.UsageError`.
+        """
+        try:
+            parts = urllib.parse.urlsplit(url)
+            port = parts.port
+        except ValueError as error:
+            raise errors.UsageError(f"the management URL is not one: {error}") from error
+        if parts.scheme not in {"http", "https"} or not parts.hostname:
+            raise errors.UsageError("the management URL must read http://host:port or https://host:port")
+        self._tls = (tls or ssl.create_default_context()) if parts.scheme == "https" else None
+        self._host = parts.hostname
+        self._port = port or (15671 if self._tls else 15672)
+        self._path = parts.path.rstrip("/")
+        self.label = (
+            f"{parts.scheme}://{bracket(self._host)}:{self._port}{self._path}"  #: without credentials
+        )
+        if parts.username is not None:
+            user = urllib.parse.unquote(parts.username)
+            password = urllib.parse.unquote(parts.password or "")
+        token = base64.b64encode(f"{user}:{password}".encode()).decode()
+        self._headers = {"Authorization": f"Basic {token}", "Accept": "application/json"}
+
+    async def work_queues(self) -> list[tuple[str, str]]:
+        """(vhost, queue) of everything bound as a StudioML client binds, sorted, response queues left out.
+
+        One request whatever the number of vhosts and queues. Raises `errors.QueueUnavailable`.
+        """
+        status, body = await self._get("/api/bindings")
+        return await asyncio.to_thread(_work_queues, self._answer(status, body))
+
+    async def durable(self, vhost: str, queue: str) -> bool | None:
+        """Whether that queue survives its broker; None when there is no such queue. Raises `errors.QueueUnavailable`."""
+        path = "/".join(urllib.parse.quote(part, safe="") for part in (vhost, queue))
+        status, body = await self._get(f"/api/queues/{path}?columns=durable")
+        if status == http.HTTPStatus.NOT_FOUND:
+            return None
+        answer = orjson.loads(self._answer(status, body))
+        durable = answer.get("durable") if isinstance(answer, dict) else None
+        return durable if isinstance(durable, bool) else None
+
+    def _answer(self, status: int, body: bytes) -> bytes:
+        if status == http.HTTPStatus.OK:
+            return body
+        if status == http.HTTPStatus.UNAUTHORIZED:
+            raise self._unavailable(
+                "refuses the user (401): its password is wrong, or it lacks the `management` tag "
+                "(rabbitmqctl set_user_tags USER management)"
+            )
+        raise self._unavailable(f"answers with status {status}")
+
+    def _unavailable(self, text: str) -> errors.QueueUnavailable:
+        return errors.QueueUnavailable(f"the management API at {self.label} {text}", endpoint=self.label)
+
+    async def _get(self, path: str) -> tuple[int, bytes]:
+        connection: http.client.HTTPConnection
+        if self._tls is not None:
+            connection = http.client.HTTPSConnection(
+                self._host, self._port, timeout=DEADLINE_SECS, context=self._tls
+            )
+        else:
+            connection = http.client.HTTPConnection(self._host, self._port, timeout=DEADLINE_SECS)
+        try:
+            async with asyncio.timeout(DEADLINE_SECS):
+                return await asyncio.to_thread(self._exchange, connection, self._path + path)
+        except TimeoutError as error:
+            raise self._unavailable(f"does not answer within {DEADLINE_SECS:g} s") from error
+        except (OSError, http.client.HTTPException) as error:
+            raise self._unavailable(f"does not answer: {error}") from error
+        finally:
+            # Ends the thread's read too, when the wait for it was given up.
+            if connection.sock is not None:
+                with contextlib.suppress(OSError):
+                    connection.sock.shutdown(socket.SHUT_RDWR)
+
+    def _exchange(self, connection: http.client.HTTPConnection, path: str) -> tuple[int, bytes]:
+        until = time.monotonic() + DEADLINE_SECS
+        with contextlib.closing(connection):
+            connection.request("GET", path, headers=self._headers)
+            response = connection.getresponse()
+            body = bytearray()
+            while chunk := response.read1(_CHUNK_BYTES):
+                body += chunk
+                if len(body) > MAX_BYTES:
+                    raise http.client.HTTPException(f"more than {MAX_BYTES} bytes")
+                if time.monotonic() > until:
+                    raise TimeoutError
+            return response.status, bytes(body)
+
+
+def bracket(host: str) -> str:
+    """The host as a URL writes it."""
+    return f"[{host}]" if ":" in host else host
+
+
+def _work_queues(body: bytes) -> list[tuple[str, str]]:
+    try:
+        bindings = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise errors.QueueUnavailable(f"the management API's answer is not JSON: {error}") from error
+    found = (
+        {work for binding in bindings if (work := _work_queue(binding))}
+        if isinstance(bindings, list)
+        else set()
+    )
+    return sorted(found)
+
+
+def _work_queue(binding: Any) -> tuple[str, str] | None:
+    """(vhost, queue) of one binding, if a client of StudioML made it for work."""
+    if not isinstance(binding, dict) or binding.get("source") != EXCHANGE:
+        return None
+    queue, vhost = binding.get("destination"), binding.get("vhost")
+    if not isinstance(queue, str) or not isinstance(vhost, str) or queue.endswith("_response"):
+        return None
+    if binding.get("destination_type") != "queue" or binding.get("routing_key") != KEY_PREFIX + queue:
+        return None
+    return vhost, queue
