@@ -1,0 +1,123 @@
+"""What the nursery and the supervisors need of Linux. Standard library only: both stay small and start fast.
+
+libc is loaded when this module is imported, so that nothing has to be loaded between fork and exec.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import select
+import signal
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_NAME = 15
+_PR_SET_CHILD_SUBREAPER = 36
+
+_prctl = ctypes.CDLL(None, use_errno=True).prctl
+_prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
+_MAX_FDS = os.sysconf("SC_OPEN_MAX")
+
+
+def become_subreaper() -> None:
+    """From now on orphans among our descendants become our children, not those of process 1."""
+    _call(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def die_with_parent() -> None:
+    """Let the kernel kill this process when its parent ends.
+
+    Call it in the child, then check `os.getppid`: a parent that ended before the call is not noticed.
+    """
+    _call(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def set_name(name: str) -> None:
+    """What `ps -o comm` shows of this process; at most 15 bytes."""
+    _call(_PR_SET_NAME, ctypes.cast(ctypes.create_string_buffer(name.encode()), ctypes.c_void_p).value or 0)
+
+
+def _call(option: int, argument: int) -> None:
+    if _prctl(option, argument, 0, 0, 0) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
+#: Python ignores some of its own accord; one that the daemon was started with (nohup) counts as well.
+_ignored = {number for number in signal.valid_signals() if signal.getsignal(number) == signal.SIG_IGN}
+
+
+def ignore_requests_to_end() -> None:
+    """For the nursery and the supervisors: they end with their daemon, not by a signal.
+
+    A service manager or a terminal that signals everybody must not take the supervisor away from a run that the daemon
+    is draining.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_IGN)
+        _ignored.add(number)
+
+
+def default_signals() -> None:
+    """Give a workload the signals that a program expects to start with: nothing ignored, nothing blocked.
+
+    Handlers end with exec by themselves, so only what is ignored is touched: each page written here is copied first.
+    """
+    for number in _ignored:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def close_others(keep: int) -> None:
+    """Close every descriptor above 2 but `keep`."""
+    os.closerange(3, keep)
+    os.closerange(keep + 1, _MAX_FDS)
+
+
+class Wakeup:
+    """Becomes readable when a child ends. One per process, in the main thread.
+
+    Better than a pidfd each: it also tells of children that were adopted, and every kernel has it.
+    """
+
+    def __init__(self) -> None:
+        self.fd, self._writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        # Without a handler Python would not write to the pipe. It may do nothing: the byte is the message.
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+
+    def clear(self) -> None:
+        """Forget what was told so far. Reap after it, not before: a child that ends in between tells anew."""
+        with contextlib.suppress(BlockingIOError):
+            while os.read(self.fd, 4096):
+                pass
+
+    def close(self) -> None:
+        """Give the descriptors back: a forked process must not wake its parent."""
+        signal.set_wakeup_fd(-1)
+        os.close(self.fd)
+        os.close(self._writer)
+
+
+class Poller:
+    """`select.poll` in seconds, over descriptors that are read from."""
+
+    def __init__(self, *fds: int) -> None:
+        self._poll = select.poll()
+        for fd in fds:
+            self.add(fd)
+
+    def add(self, fd: int) -> None:
+        """Watch one more."""
+        self._poll.register(fd, select.POLLIN)
+
+    def remove(self, fd: int) -> None:
+        """Watch it no longer."""
+        self._poll.unregister(fd)
+
+    def wait(self, timeout_secs: float | None) -> set[int]:
+        """Return the descriptors that can be read or are at their end; none after the timeout. None: no timeout."""
+        # Rounded up: a round too early would find nothing due, and would spin until it is.
+        timeout_ms = None if timeout_secs is None else int(max(0.0, timeout_secs) * 1000) + 1
+        return {fd for fd, _ in self._poll.poll(timeout_ms)}
