@@ -18,6 +18,7 @@ _EARLIEST_TIME = 10  # unix seconds; smaller ones are no times (INTEROP.md 7.3)
 _MAX_KEY_CHARS = 1024
 _MAX_TAG_BYTES = 200  # a file name has 255; room for suffixes
 _MAX_ARG_CHARS = 2 << 20  # what the kernel takes as arguments of one program
+_MAX_WARNINGS = 50  # a hostile message has one for each of a million members
 _RESERVED_TAGS = {".", "..", "_runner"}
 _QUOTED_OR_BLANK = re.compile(r"[\s'\"\\]")
 _VERSION = re.compile(
@@ -68,7 +69,7 @@ def _request(top: wire.Message, *, raw: dict[str, Any], notes: Notes) -> Request
         max_duration_secs=_max_duration(experiment.max_duration, notes.at("experiment")),
         checkpoint_secs=_interval(config.saveWorkspaceFrequency),
         from_completion_service=any(name.lower() == "from_compl_service" for name in top.experiment),
-        warnings=tuple(notes.lines),
+        warnings=tuple(notes.lines[:_MAX_WARNINGS]),
         raw=raw,
     )
 

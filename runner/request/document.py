@@ -11,15 +11,16 @@ import orjson
 from runner import errors, units
 
 MAX_DEPTH = 100  # real messages have six levels; orjson writes at most 254
+_TOO_DEEP = f"nested more than {MAX_DEPTH} levels deep"
 _FLOAT_BITS = 1023
 _UTF8_BOM = b"\xef\xbb\xbf"
 _WIDE_BOMS = (b"\xff\xfe", b"\xfe\xff")
 
 
 def parse(body: bytes, *, max_bytes: int) -> dict[str, Any]:
-    """The object in `body`: JSON in UTF-8, with NaN and Infinity as Python writes them; of equal names the last wins.
+    """The object in `body`: JSON in UTF-8, as `loads` reads it; of equal names the last wins.
 
-    Raises errors.MalformedMessage for anything else, and for an object more than `MAX_DEPTH` levels deep.
+    Raises errors.MalformedMessage for anything else.
     """
     if len(body) > max_bytes:
         size, most = units.format_bytes(len(body)), units.format_bytes(max_bytes)
@@ -27,28 +28,37 @@ def parse(body: bytes, *, max_bytes: int) -> dict[str, Any]:
     body = body.removeprefix(_UTF8_BOM)
     if body.startswith(_WIDE_BOMS) or b"\0" in body[:2]:
         raise errors.MalformedMessage("the message is not UTF-8 but looks like UTF-16 or UTF-32")
-    slowly = False
     try:
-        parsed = orjson.loads(body)
-    except orjson.JSONDecodeError:
-        parsed, slowly = _parse_slowly(body), True
-    if not isinstance(parsed, dict):
-        raise errors.MalformedMessage(f"the message is JSON, but not an object ({type(parsed).__name__})")
-    if body.count(b"{") + body.count(b"[") > MAX_DEPTH and _is_too_deep(parsed):
-        raise errors.MalformedMessage(f"the message is nested more than {MAX_DEPTH} levels deep")
-    return {_writable(name): _writable(value) for name, value in parsed.items()} if slowly else parsed
-
-
-def _parse_slowly(body: bytes) -> Any:
-    """What orjson refuses and Python's own writer makes: NaN, Infinity, halves of surrogate pairs, long integers."""
-    try:
-        return json.loads(body.decode())
+        parsed = loads(body)
     except UnicodeDecodeError as bad:
         raise errors.MalformedMessage(f"the message is not UTF-8: byte {bad.start} is {bad.reason}") from bad
+    except ValueError as bad:
+        raise errors.MalformedMessage(f"the message is not JSON that can be used: {bad}") from bad
+    if not isinstance(parsed, dict):
+        raise errors.MalformedMessage(f"the message is JSON, but not an object ({type(parsed).__name__})")
+    return parsed
+
+
+def loads(text: bytes) -> Any:
+    """JSON, also as Python's own writer makes it: NaN, Infinity, halves of surrogate pairs, long integers.
+
+    What comes back can be written by any JSON writer: halves of surrogate pairs are U+FFFD, integers beyond 64 bits are
+    floats. Raises ValueError (UnicodeDecodeError where that is why) for anything else, and for more than `MAX_DEPTH` levels.
+    """
+    try:
+        parsed, plain = orjson.loads(text), True
+    except orjson.JSONDecodeError:
+        parsed, plain = _loads_slowly(text), False
+    if text.count(b"{") + text.count(b"[") > MAX_DEPTH and _is_too_deep(parsed):
+        raise ValueError(_TOO_DEEP)
+    return parsed if plain else _writable(parsed)
+
+
+def _loads_slowly(text: bytes) -> Any:
+    try:
+        return json.loads(text.decode())
     except RecursionError as bad:
-        raise errors.MalformedMessage(f"the message is nested more than {MAX_DEPTH} levels deep") from bad
-    except ValueError as bad:  # JSONDecodeError, and integers of thousands of digits; the texts quote nothing
-        raise errors.MalformedMessage(f"the message is not JSON: {bad}") from bad
+        raise ValueError(_TOO_DEEP) from bad
 
 
 def _is_too_deep(parsed: Any) -> bool:
@@ -62,7 +72,7 @@ def _is_too_deep(parsed: Any) -> bool:
 
 
 def _members(value: Any) -> Any:
-    return value.values() if isinstance(value, dict) else value
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def _writable(parsed: Any) -> Any:

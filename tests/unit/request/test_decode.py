@@ -399,3 +399,7 @@ def test_a_repr_of_a_request_shows_no_secrets():
         }
     )
     assert "hush" not in repr(request)
+
+
+def test_there_is_an_end_to_warnings():
+    assert len(decoded(config={"env": {str(number): [] for number in range(1000)}}).warnings) == 50
