@@ -2,4 +2,4 @@
 
 from __future__ import annotations
 
-pytest_plugins = ["tests.servers.rabbitmq"]
+pytest_plugins = ["tests.servers.faulty_http", "tests.servers.rabbitmq", "tests.servers.seaweedfs"]

@@ -2,7 +2,8 @@
 
 Vendors' libraries are blocking, and a download, its decompression and its unpacking are one stream (DESIGN.md 5.5) that
 lives in one thread. Every network call has a deadline of its own: a stall is `errors.StorageUnavailable`. Errors leave as
-`NotFound`, `Forbidden` (both `errors.ArtifactFailed`) or `errors.StorageUnavailable`, without secrets in their texts.
+`NotFound`, `Forbidden` (both `errors.ArtifactFailed`, as is what fits neither) or `errors.StorageUnavailable`, without
+secrets in their texts; `errors.UnsupportedRequest` is for a key that no object of such a store can have.
 Retrying is inside: what is raised has been tried often enough for one call.
 """
 
@@ -60,7 +61,7 @@ class Location:
             return f"s3://{self.endpoint}/{self.bucket}/{self.key}"
         if self.scheme == "file":
             return f"file://{self.bucket.rstrip('/')}/{self.key}"
-        return f"{self.scheme}://{self.endpoint}/{self.key}"
+        return f"{self.scheme}://{self.endpoint}/{self.key.partition('?')[0]}"  # a query may be a signature
 
     def at(self, key: str) -> Location:
         """The same place, another key."""
@@ -72,7 +73,7 @@ class ObjectInfo:
     """What a store says of an object."""
 
     key: str
-    size: int  #: bytes
+    size: int  #: bytes; -1 where a web server does not tell
     etag: str  #: quotes stripped; empty where the store has none. Equal etags (same store, key, size): equal bytes
     modified: datetime | None = None
 
