@@ -17,6 +17,7 @@ import pytest
 from runner.errors import QueueUnavailable
 from runner.queues import file_names
 from runner.queues.base import Consumer, Delivery, Existence, QueueGone
+from runner.queues.file_consumer import FileDelivery
 from runner.queues.file_lock import locked
 from runner.queues.file_messages import FileSettings
 from runner.queues.file_owner import Owner
@@ -251,6 +252,7 @@ async def test_any_file_name_goes_the_whole_way(root, queue, consumer, name):
     for times in (1, 2):
         delivery = await take(consumer)
         assert delivery.redelivered is True
+        assert isinstance(delivery, FileDelivery)
         assert delivery.claim.name.partition(".redelivered-")[2].startswith(f"{times}-")
         assert await (delivery.requeue() if times == 1 else delivery.ack())
     assert waiting(queue) == []
