@@ -84,6 +84,11 @@ class Run:
     experiment: str
 
 
+def registry() -> CollectorRegistry:
+    """A fresh one; a process has one, each test its own."""
+    return CollectorRegistry()
+
+
 class Metrics:
     """The runner's metrics in a registry of their own. All methods are thread-safe, cheap, and never raise."""
 

@@ -1,0 +1,55 @@
+"""`studio-runner serve`: the daemon."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from typing import TYPE_CHECKING
+
+from runner import errors
+from runner.telemetry import logs
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from runner import config
+
+#: Larger ones are no list of certificates (INTEROP.md 9.1).
+MAX_CA_BYTES = 128 * 1024
+
+
+def serve(options: config.Config) -> int:
+    """Run the daemon until it ends; returns the exit code (DESIGN.md 5.10). Raises UsageError for unusable files."""
+    check_files(options)
+    logs.configure(options.logs, sys.stderr)
+    try:
+        return asyncio.run(run_daemon(options))
+    finally:
+        logs.flush()
+
+
+async def run_daemon(options: config.Config) -> int:
+    """The daemon in the running loop."""
+    from runner.daemon import service
+
+    raise errors.RunnerError(f"{service.__name__} has no parts for {options.paths.working_dir} yet")
+
+
+def check_files(options: config.Config) -> None:
+    """Raises UsageError, naming option and file, when a file that the configuration names cannot be used."""
+    named = {"s3-ca": options.s3.ca, "s3-cert": options.s3.cert, "s3-key": options.s3.key}
+    for name, path in named.items():
+        if path is not None:
+            _check_pem(name, path)
+
+
+def _check_pem(name: str, path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_CA_BYTES + 1)
+    except OSError as exc:
+        raise errors.UsageError(f"--{name}={path}: {exc.strerror}: the file must be readable") from exc
+    if len(text) > MAX_CA_BYTES:
+        raise errors.UsageError(f"--{name}={path}: larger than 128 KiB: not a PEM file of certificates")
+    if b"-----BEGIN " not in text:
+        raise errors.UsageError(f"--{name}={path}: no PEM data in it (it starts with -----BEGIN)")
