@@ -95,7 +95,8 @@ class Lane:
         except RuntimeError as error:  # closed between the question and the call
             coroutine.close()
             raise Closed from error
-        await asyncio.wait((asyncio.shield(future),), timeout=limit + CROSSING_SECS)
+        future.add_done_callback(_seen)
+        await asyncio.wait((future,), timeout=limit + CROSSING_SECS)
         if future.cancelled():  # the thread ended under it; its own CancelledError must not look like ours
             raise Closed
         if not future.done():
@@ -107,6 +108,12 @@ class Lane:
         if self._thread is not None:
             self.post(self._stop.set)
             await asyncio.to_thread(self._thread.join, STOP_SECS)
+
+
+def _seen(future: asyncio.Future[Any]) -> None:
+    """An error that comes after its caller was cancelled concerns nobody."""
+    if not future.cancelled():
+        future.exception()
 
 
 def settle(future: asyncio.Future[T], value: T) -> None:

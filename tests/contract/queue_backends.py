@@ -6,25 +6,31 @@ To add a backend: a `QueueHarness`, a factory, a line in `BACKENDS`.
 from __future__ import annotations
 
 import abc
+import asyncio
 import contextlib
 import dataclasses
 import shutil
 import socket
+import uuid
 from typing import TYPE_CHECKING
 
+import pytest
+
+from runner.queues.base import QueueRef
 from runner.queues.file_messages import FileSettings
 from runner.queues.file_names import is_message_name
 from runner.queues.filequeue import FileBackend
 from runner.queues.memory import MemoryBackend, MemoryBroker
+from runner.queues.rabbitmq import RabbitmqBackend
+from tests.servers.proxy import Proxy, proxy
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from contextlib import AbstractAsyncContextManager
     from pathlib import Path
 
-    import pytest
-
-    from runner.queues.base import QueueBackend, QueueRef
+    from runner.queues.base import QueueBackend
+    from tests.servers.rabbitmq import RabbitmqServer
 
 
 class QueueHarness(abc.ABC):
@@ -110,6 +116,41 @@ class FileHarness(QueueHarness):
         backend._claims.sweep()
 
 
+class RabbitmqHarness(QueueHarness):
+    """A vhost of a real broker, and a user who sees no other; the connections run through a proxy that can cut them."""
+
+    delays = False
+
+    def __init__(self, server: RabbitmqServer, way: Proxy) -> None:
+        self.server = server
+        self.way = way
+        self.vhost = self.user = f"contract-{uuid.uuid4().hex[:12]}"
+        server.add_vhost(self.vhost)
+        server.add_user(self.user, "secret", tags="management", vhost=self.vhost)
+
+    def connect(self) -> QueueBackend:
+        url = f"amqp://{self.user}:secret@127.0.0.1:{self.way.port}/{self.vhost}"
+        return RabbitmqBackend(url, self.server.management_url, account="account")
+
+    async def declare(self, name: str) -> QueueRef:
+        await asyncio.to_thread(self.server.declare, name, durable=True, vhost=self.vhost)
+        return QueueRef(account="account", name=name, vhost=self.vhost)
+
+    async def delete(self, queue: QueueRef) -> None:
+        await asyncio.to_thread(self.server.delete, queue.name, vhost=self.vhost)
+
+    async def depth(self, queue: QueueRef) -> int:
+        return await asyncio.to_thread(self.server.depth, queue.name, vhost=self.vhost)
+
+    async def break_connection(self, backend: QueueBackend) -> None:
+        assert isinstance(backend, RabbitmqBackend)
+        self.way.cut()
+
+    def remove(self) -> None:
+        self.server.api("DELETE", f"/api/vhosts/{self.vhost}")
+        self.server.api("DELETE", f"/api/users/{self.user}")
+
+
 @contextlib.asynccontextmanager
 async def memory(_request: pytest.FixtureRequest) -> AsyncIterator[QueueHarness]:
     yield MemoryHarness()
@@ -122,6 +163,15 @@ async def filequeue(request: pytest.FixtureRequest) -> AsyncIterator[QueueHarnes
     yield FileHarness(root)
 
 
+@contextlib.asynccontextmanager
+async def rabbitmq(request: pytest.FixtureRequest) -> AsyncIterator[QueueHarness]:
+    server: RabbitmqServer = request.getfixturevalue("rabbitmq")
+    with proxy(server.host, server.port) as way:
+        harness = RabbitmqHarness(server, way)
+        yield harness
+        await asyncio.to_thread(harness.remove)
+
+
 @dataclasses.dataclass(frozen=True)
 class Entry:
     factory: Callable[[pytest.FixtureRequest], AbstractAsyncContextManager[QueueHarness]]
@@ -132,4 +182,5 @@ class Entry:
 BACKENDS: dict[str, Entry] = {
     "memory": Entry(memory),
     "filequeue": Entry(filequeue),
+    "rabbitmq": Entry(rabbitmq, (pytest.mark.service,)),
 }
