@@ -11,7 +11,7 @@ import dataclasses
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import (
@@ -80,6 +80,7 @@ _NAMED_URL = re.compile(r"\s*([A-Za-z0-9][\w.-]*\s*(?:\[[^\]]*\])?)\s*@\s*(\S.*)
 _SCP = re.compile(r"git\+(?![A-Za-z]+://)((?:[\w.-]+@)?[\w.-]+):(?!//)(.+)")
 _GIT_REV = re.compile(r"@[0-9a-f]{7,40}$")
 _CONDA = re.compile(r"([A-Za-z0-9][\w.-]*)=([0-9][\w.!+*]*)(?:=[\w.]+)?")
+_FILE = re.compile(r"^file:(?://[^/]*)?/+")
 _CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
 _HASH = re.compile(r"\s+--hash[=\s]\S+")
 
@@ -115,7 +116,7 @@ class Requirements:
         """The servers that the lines themselves name, beyond the index that the operator chose."""
         texts = (*(line.text for line in self.lines if line.specifier is None), *self.options)
         found = (re.search(r"://\S+", text) for text in texts)
-        return frozenset(host for match in found if match and (host := urlsplit("x" + match[0]).hostname))
+        return frozenset(host for match in found if match and (host := _host(match[0])))
 
 
 def redacted(text: str) -> str:
@@ -233,7 +234,11 @@ class _Reader:
             self._url(text, line)
         elif named and _URL.match(named[2]):
             self._named_url(text, line)
-        elif text.startswith((".", "/", "~")) or ("/" in text and not named):
+        elif named:
+            name, bracket, extras = named[1].strip().partition("[")
+            path = named[2].partition(" ;")[0].strip()
+            self._path(self.workspace / path, line, name=name.strip(), extras=bracket + extras)
+        elif text.startswith((".", "/", "~")) or "/" in text:
             path, _, extras = text.partition("[")
             self._path(self.workspace / path.strip(), line, extras=f"[{extras}" if extras else "")
         else:
@@ -253,7 +258,9 @@ class _Reader:
         try:
             wanted = Requirement(text)
         except InvalidRequirement as exc:
-            raise errors.UnsupportedRequest(f"requirement line '{line}' is not understood: {exc}") from exc
+            raise errors.UnsupportedRequest(
+                f"requirement line '{line}' is not understood: {_first_line(exc)}"
+            ) from exc
         name = canonicalize_name(wanted.name)
         if name == "pkg-resources" or (name == "studioml" and self.own_studioml):
             return  # Debian's pip invents the first; the other is installed from the workspace
@@ -285,7 +292,9 @@ class _Reader:
         try:
             wanted = Requirement(text)
         except InvalidRequirement as exc:
-            raise errors.UnsupportedRequest(f"requirement line '{line}' is not understood: {exc}") from exc
+            raise errors.UnsupportedRequest(
+                f"requirement line '{line}' is not understood: {_first_line(exc)}"
+            ) from exc
         assert wanted.url is not None
         extras = f"[{','.join(sorted(wanted.extras))}]" if wanted.extras else ""
         self._url(wanted.url, line, name=wanted.name, extras=extras, marker=str(wanted.marker or ""))
@@ -306,7 +315,7 @@ class _Reader:
         if self.own_studioml and name is not None and canonicalize_name(name) == "studioml":
             return
         if url.startswith("file:"):
-            self._path(Path(unquote(urlsplit(url).path)), line, name=name, extras=extras)
+            self._path(Path(unquote(_FILE.sub("/", url))), line, name=name, extras=extras)
             return
         if not url.startswith(
             ("http://", "https://", "git+http://", "git+https://", "git+ssh://", "git+git://")
@@ -375,6 +384,10 @@ class _Reader:
         self.lines.append(line)
 
 
+def _first_line(exc: Exception) -> str:
+    return redacted(str(exc).partition("\n")[0])
+
+
 def _contradict(one: Line, other: Line) -> bool:
     """Whether no resolver could satisfy both."""
     if one.name is None or (one.name, one.marker) != (other.name, other.marker):
@@ -388,9 +401,15 @@ def _contradict(one: Line, other: Line) -> bool:
     return False
 
 
+def _host(place: str) -> str | None:
+    """The host in `://user@host:port/path`."""
+    match = re.match(r"://(?:[^/@\s]*@)?(\[[^\]]*\]|[^/:\s]+)", place)
+    return match[1].lower() if match else None
+
+
 def _release(place: str) -> tuple[str, str] | None:
     """Name and version of the wheel or source archive that a path or URL ends in, if it is one."""
-    file = unquote(urlsplit(place).path if "://" in place else place).rpartition("/")[2]
+    file = unquote(re.split(r"[?#]", place)[0] if "://" in place else place).rpartition("/")[2]
     try:
         if file.endswith(".whl"):
             name, version, _, _ = parse_wheel_filename(file)

@@ -74,8 +74,13 @@ class Uv:
         options = ["--prerelease=allow"] if wanted.prereleases else []
         argv = ("pip", "install", "--python", str(python), "--requirement", str(file), *options)
         env = dict(self._env)
+        if any(option.startswith("--index-url") for option in wanted.options):
+            for name in ("UV_DEFAULT_INDEX", "UV_INDEX_URL"):  # else uv takes them first
+                env.pop(name, None)
         if any(option.startswith("--extra-index-url") for option in wanted.options):
             env.setdefault("UV_INDEX_STRATEGY", "unsafe-best-match")  # what pip does with such a line
+        if wanted.pinned and await self._from_cache(argv, env, scratch, log_file):
+            return ()
         ended, said = await self._run(argv, env, scratch, log_file)
         if ended.ok:
             return ()
@@ -85,6 +90,16 @@ class Uv:
             if ended.ok:
                 return ("the pinned requirements contradict each other; they were installed as they stand",)
         raise _failure(ended, said, wanted)
+
+    async def _from_cache(
+        self, argv: Sequence[str], env: Mapping[str, str], scratch: Path, log_file: Path
+    ) -> bool:
+        """Tries without asking the index again what is the newest: of pins it makes no difference but in time."""
+        output = scratch / "offline.log"
+        ended, _ = await self._run((*argv, "--offline"), env, scratch, output)
+        if ended.ok:
+            await asyncio.to_thread(_append, output, log_file)
+        return ended.ok
 
     async def clean(self, scratch: Path) -> None:
         """Empties the package cache. Environments built from it are not touched; the next builds download again."""
@@ -135,6 +150,11 @@ def _last_lines(said: str) -> str:
 def _write_private(file: Path, text: str) -> None:
     file.touch(mode=0o600)
     file.write_text(text)
+
+
+def _append(source: Path, target: Path) -> None:
+    with target.open("ab") as file:
+        file.write(source.read_bytes())
 
 
 def _size(file: Path) -> int:
