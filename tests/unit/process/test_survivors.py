@@ -1,0 +1,192 @@
+"""kill -9 of the daemon, a supervisor, the nursery: nothing of a run outlives it, and no other run suffers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from runner import errors
+from tests.unit.process import standin, tools
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from runner.process import base
+    from runner.process.spawner import Spawner
+    from tests.unit.process.tools import Bench
+
+ROOT = Path(__file__).parents[3]
+
+
+@contextlib.asynccontextmanager
+async def daemon(
+    *commands: base.Command, python: str = sys.executable, **popen: Any
+) -> AsyncIterator[tuple[int, dict[str, Any]]]:
+    """A stand-in of the daemon that runs the commands: its process id, and those that it tells."""
+    fields = [
+        {**dataclasses.asdict(command), "cwd": str(command.cwd), "output": str(command.output)}
+        for command in commands
+    ]
+    program = subprocess.Popen(
+        [python, standin.__file__, json.dumps(fields)],
+        env={"PYTHONPATH": str(ROOT), **popen.pop("env", {})},
+        stdout=subprocess.PIPE,
+        **popen,
+    )
+    assert program.stdout is not None
+    with program, program.stdout:
+        try:
+            yield program.pid, json.loads(await asyncio.to_thread(program.stdout.readline))
+        finally:
+            program.kill()
+
+
+HARD = "trap '' TERM; echo ready; while :; do sleep 0.1; done"
+
+
+@pytest.mark.parametrize("with_nursery", [False, True])
+async def test_kill_of_the_daemon_ends_everything_within_5_seconds(bench: Bench, with_nursery: bool) -> None:
+    commands = [
+        bench.shell(tools.STRAY + HARD),
+        bench.shell("sleep 600 & (setsid sh -c 'echo ready; exec sleep 600' &); sleep 600"),
+    ]
+    async with daemon(*commands) as (pid, ids):
+        await tools.until(lambda: bench.text().count("ready") == 2)
+        assert len(bench.alive()) >= 6
+        if with_nursery:
+            os.kill(ids["nursery"], signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
+        ours = {ids["nursery"], *ids["supervisors"], *ids["workloads"]}
+        took = await tools.until(lambda: not bench.alive() | tools.existing(ours))
+    assert took < 5
+
+
+async def test_a_vanished_daemon_leaves_the_workload_its_grace(bench: Bench) -> None:
+    saving = bench.shell("trap 'sleep 1; echo saved; exit 0' TERM; echo ready; while :; do sleep 0.1; done")
+    async with daemon(saving) as (pid, _):
+        await bench.until_text("ready")
+        os.kill(pid, signal.SIGKILL)
+        await tools.until(lambda: not bench.alive())
+    assert "saved" in bench.text()
+
+
+async def test_kill_of_a_supervisor_loses_the_run_and_nothing_of_it_lives_on(
+    bench: Bench, starter: Spawner
+) -> None:
+    process = await starter.start(bench.shell(tools.STRAY * 2 + HARD))
+    await bench.until_text("ready")
+    other = await starter.start(bench.shell("sleep 0.5; exit 6", env={"PATH": tools.PATH}))
+    assert process.supervisor_pid is not None
+    os.kill(process.supervisor_pid, signal.SIGKILL)
+    for ending in (process.wait(), process.stop(60)):
+        with pytest.raises(errors.ProcessLost):
+            await ending
+        assert not bench.alive()  # already, when it is raised
+    assert (await other.wait()).code == 6
+    assert (await starter.run(bench.command("true"))).ok
+
+
+async def test_kill_of_a_supervisor_under_a_run_that_is_cancelled(bench: Bench, starter: Spawner) -> None:
+    run = asyncio.create_task(starter.run(bench.shell("echo $PPID; " + HARD), grace_secs=3600))
+    await bench.until_text("ready")
+    run.cancel()
+    await asyncio.sleep(0)
+    os.kill(int(bench.text().split()[0]), signal.SIGKILL)
+    with pytest.raises(asyncio.CancelledError):
+        await run
+    assert not bench.alive()
+
+
+async def test_a_polite_signal_to_everybody_takes_no_supervisor_away(bench: Bench, starter: Spawner) -> None:
+    process = await starter.start(bench.shell("while [ ! -e go ]; do sleep 0.05; done; exit 4"))
+    for pid in (process.supervisor_pid, tools.nursery_of(starter)):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            os.kill(pid or 0, number)
+    (bench.directory / "go").touch()
+    assert (await process.wait()).code == 4
+    assert (await starter.run(bench.command("true"))).ok
+
+
+async def test_kill_of_the_nursery_harms_no_run_and_the_next_start_has_a_new_one(
+    bench: Bench, starter: Spawner
+) -> None:
+    process = await starter.start(
+        bench.shell("while [ ! -e go ]; do sleep 0.05; done; " + tools.STRAY + "exit 4")
+    )
+    first = tools.nursery_of(starter)
+    os.kill(first, signal.SIGKILL)
+    assert (await starter.run(bench.command("true"))).ok
+    assert tools.nursery_of(starter) != first
+    assert not tools.exists(first)
+    (bench.directory / "go").touch()
+    assert (await process.wait()).code == 4
+    assert not bench.alive()
+
+
+async def test_starts_succeed_while_nurseries_are_killed(bench: Bench, starter: Spawner) -> None:
+    for number in range(30):
+        start = asyncio.create_task(starter.run(bench.shell(f"exit {number}")))
+        await asyncio.sleep(0.0003 * number)
+        os.kill(tools.nursery_of(starter), signal.SIGKILL)
+        assert (await start).code == number
+
+
+async def test_kill_of_the_next_supervisor_goes_unnoticed(bench: Bench, starter: Spawner) -> None:
+    for _ in range(5):
+        nursery = tools.nursery_of(starter)
+        for entry in tools.tree.descendants(nursery):
+            os.kill(entry.pid, signal.SIGKILL)
+        assert (await starter.run(bench.command("true"))).ok
+
+
+async def test_the_nursery_stays_for_the_orphans_of_its_dead_daemon(bench: Bench) -> None:
+    # The supervisor still grants the grace; then it is killed, and only the nursery is left to end the strays.
+    async with daemon(bench.shell(tools.STRAY + HARD)) as (pid, ids):
+        await bench.until_text("ready")
+        os.kill(pid, signal.SIGKILL)
+        time.sleep(0.3)  # well within the grace
+        assert tools.exists(ids["nursery"])
+        os.kill(ids["supervisors"][0], signal.SIGKILL)
+        assert await tools.until(lambda: not bench.alive() | tools.existing([ids["nursery"]])) < 2
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="the other tests have shown it")
+async def test_it_works_for_users_who_are_not_root(bench: Bench) -> None:
+    python = shutil.which("python3", path=tools.PATH)
+    nobody = pwd.getpwnam("nobody")
+    modules = {
+        "PYTHONPATH": os.pathsep.join(
+            [str(ROOT), *(path for path in sys.path if path.endswith("site-packages"))]
+        )
+    }
+    probe = "import sys, structlog, runner.process.spawner; sys.exit(sys.version_info[:2] != (3, 11))"
+    if (
+        python is None
+        or subprocess.run([python, "-c", probe], env=modules, user="nobody", check=False).returncode != 0
+    ):
+        pytest.skip("no interpreter that nobody may use")
+    for directory in (bench.directory, *bench.directory.parents[:2]):
+        directory.chmod(0o755)
+    os.chown(bench.directory, nobody.pw_uid, nobody.pw_gid)
+    async with daemon(bench.shell(tools.STRAY + HARD), python=python, env=modules, user="nobody") as (
+        pid,
+        ids,
+    ):
+        await bench.until_text("ready")
+        assert tools.status(ids["workloads"][0], "Uid").split()[0] == str(nobody.pw_uid)
+        os.kill(pid, signal.SIGKILL)
+        ours = {ids["nursery"], *ids["supervisors"]}
+        assert await tools.until(lambda: not bench.alive() | tools.existing(ours)) < 5
