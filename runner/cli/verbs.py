@@ -49,7 +49,7 @@ def _version(wanted: bool) -> None:
 
 def _before_the_verb(
     *,
-    version: Annotated[  # noqa: ARG001 - its callback has acted
+    version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
