@@ -24,7 +24,12 @@ def _plain(monkeypatch):
 @pytest.fixture
 def served(monkeypatch):
     seen: list[config.Config] = []
-    monkeypatch.setattr(serve, "serve", lambda options: seen.append(options) or 0)
+
+    def remember(options):
+        seen.append(options)
+        return 0
+
+    monkeypatch.setattr(serve, "serve", remember)
     return seen
 
 
