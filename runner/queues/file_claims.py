@@ -102,21 +102,18 @@ class Claims:
 
     def give_back(self, claim: Path, queue: str) -> Returned:
         """Put a claimed message back into its queue, where its age gives it its old place. Raises OSError."""
-        for _ in range(3):
-            try:
-                claim.rename(self._root.queue(queue) / names.returned_name(claim.name))
-            except (FileNotFoundError, NotADirectoryError):
-                if not self.holds(claim):
-                    return Returned.LOST
-            else:
-                _remove_empty(claim.parent)
-                return Returned.BACK
-            if self._root.existence(queue) is Existence.GONE:
-                return self._drop(claim, queue)
-        return self.delay(claim, queue, _RETRY_SECS)
+        try:
+            claim.rename(self._root.queue(queue) / names.returned_name(claim.name))
+        except (FileNotFoundError, NotADirectoryError):
+            return self.delay(claim, queue, _RETRY_SECS) if self.holds(claim) else Returned.LOST
+        _remove_empty(claim.parent)
+        return Returned.BACK
 
     def delay(self, claim: Path, queue: str, secs: float) -> Returned:
-        """Keep a claimed message until its time has come; it outlives this process. Raises OSError."""
+        """Keep a claimed message until its time has come; it outlives this process. Dropped when its queue is gone.
+
+        Raises OSError.
+        """
         if self._root.existence(queue) is Existence.GONE:
             return self._drop(claim, queue)
         # Wall time, because it must mean the same to other hosts and after a restart.
@@ -132,6 +129,10 @@ class Claims:
         aside = claim.rename(self._shared(names.OVERSIZE, queue) / names.returned_name(claim.name))
         _remove_empty(claim.parent)
         return aside
+
+    def record(self) -> Path:
+        """The file that tells who we are; made when there is none yet. Raises OSError."""
+        return self._register() / names.OWNER
 
     def temporary(self) -> Path:
         """The directory for files that are being written. Raises OSError."""
@@ -184,7 +185,7 @@ class Claims:
 
     def _now(self) -> float:
         """The file system's clock."""
-        record = self._register() / names.OWNER
+        record = self.record()
         os.utime(record)
         return record.stat().st_mtime
 

@@ -1,12 +1,14 @@
 """The lock file that the Python client holds while it writes or reads a queue (`filelock.SoftFileLock`, INTEROP.md 2.7).
 
 It exists while somebody holds it. Nobody removes it after a crash, hence the breaking here: at once when the process
-that is named in it is known to be dead, else by its age.
+that is named in it is known to be dead, else by its age. Ours is a hard link to the owner's record: never seen without
+its content, whenever its maker is killed, and as young as his last heartbeat.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import time
@@ -23,17 +25,20 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
+#: what file systems without hard links say
+_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
+
 
 @contextlib.contextmanager
-def locked(queue: Path, owner: Owner, *, stale_secs: float) -> Iterator[bool]:
+def locked(queue: Path, record: Path, owner: Owner, *, stale_secs: float) -> Iterator[bool]:
     """Hold the queue's lock if it is free now; yields whether it is held. Never waits: the caller asks again.
 
-    Raises OSError: FileNotFoundError when the queue is gone.
+    `record` is the file that tells of `owner`. Raises OSError: FileNotFoundError when the queue is gone.
     """
     path = queue / LOCK
-    inode = _create(path, owner)
+    inode = _create(path, record)
     if inode is None and _break(path, owner, stale_secs):
-        inode = _create(path, owner)
+        inode = _create(path, record)
     try:
         yield inode is not None
     finally:
@@ -44,18 +49,21 @@ def locked(queue: Path, owner: Owner, *, stale_secs: float) -> Iterator[bool]:
                     path.unlink()
 
 
-def _create(path: Path, owner: Owner) -> int | None:
+def _create(path: Path, record: Path) -> int | None:
     """Make the file, which is to take the lock; its inode, or None when somebody holds it."""
     try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        try:
+            path.hardlink_to(record)
+        except FileNotFoundError:
+            raise
+        except OSError as exc:
+            if exc.errno not in _NO_LINKS:
+                raise
+            with path.open("xb") as file:
+                file.write(record.read_bytes())
+        return path.lstat().st_ino
     except FileExistsError:
         return None
-    try:
-        # The first two lines are what newer versions of filelock write, and look at.
-        os.write(fd, f"{owner.pid}\n{owner.host}\n{owner.to_json()}\n".encode())
-        return os.fstat(fd).st_ino
-    finally:
-        os.close(fd)
 
 
 def _break(path: Path, owner: Owner, stale_secs: float) -> bool:
@@ -84,8 +92,7 @@ def _break(path: Path, owner: Owner, stale_secs: float) -> bool:
 def _is_of_dead(path: Path, owner: Owner) -> bool:
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        lines = os.read(fd, 4096).decode("utf-8", "replace").splitlines()
+        holder = Owner.from_json(os.read(fd, 4096).decode("utf-8", "replace"))
     finally:
         os.close(fd)
-    holder = Owner.from_json(lines[2]) if len(lines) > 2 else None  # noqa: PLR2004 - the third line is ours
     return holder is not None and holder.is_alive(owner) is False

@@ -108,7 +108,8 @@ class Taker:
 
     def _take_first(self) -> Take:
         retry_secs: list[float] = []
-        with locked(self._directory, self._owner, stale_secs=self._settings.lock_stale_secs) as held:
+        record = self._claims.record()
+        with locked(self._directory, record, self._owner, stale_secs=self._settings.lock_stale_secs) as held:
             if not held:
                 return Take(retry_secs=LOCK_RETRY_SECS)
             while self._names:

@@ -20,6 +20,7 @@ from runner.queues.base import Consumer, Delivery, Existence, QueueGone
 from runner.queues.file_consumer import FileDelivery
 from runner.queues.file_lock import locked
 from runner.queues.file_messages import FileSettings
+from runner.queues.file_messages import _read as read_message
 from runner.queues.file_owner import Owner
 from runner.queues.filequeue import FileBackend
 
@@ -193,16 +194,27 @@ async def test_a_lock_left_by_a_killed_daemon_is_broken_at_once(queue, consumer)
     dead = Owner(
         host=dead.host, boot=dead.boot, namespace=dead.namespace, pid=dead.pid, started=dead.started - 1
     )
-    (queue / "lock.lock").write_text(f"{dead.pid}\n{dead.host}\n{dead.to_json()}\n")
+    (queue / "lock.lock").write_text(dead.to_json())
     (queue / "m").write_text("{}")
     assert (await take(consumer)).body == b"{}"
 
 
-def test_the_lock_of_a_living_daemon_is_respected_and_only_ours_is_removed(queue):
-    owner = Owner.here()
-    with locked(queue, owner, stale_secs=60) as held:
+@pytest.mark.parametrize("links", [True, False])
+def test_the_lock_of_a_living_daemon_is_respected_and_only_ours_is_removed(
+    queue, tmp_path, monkeypatch, links
+):
+    owner, record = Owner.here(), tmp_path / ".owner"
+    record.write_text(owner.to_json())
+    if not links:
+
+        def refused(self: Path, target: Path) -> None:
+            raise PermissionError(1, "no hard links here")
+
+        monkeypatch.setattr("pathlib.Path.hardlink_to", refused)
+    with locked(queue, record, owner, stale_secs=60) as held:
         assert held
-        with locked(queue, owner, stale_secs=60) as again:
+        assert Owner.from_json((queue / "lock.lock").read_text()) == owner
+        with locked(queue, record, owner, stale_secs=60) as again:
             assert not again
         assert (queue / "lock.lock").exists()
         (queue / "lock.lock").unlink()  # broken while we slept ...
@@ -290,6 +302,15 @@ async def test_a_file_that_may_not_be_read_is_left(queue, consumer):
     assert await (await take(consumer)).ack()
     await nothing_comes(consumer)
     assert waiting(queue) == ["forbidden"]
+
+
+def test_what_takes_the_place_of_a_file_after_it_was_listed_is_not_read(queue, tmp_path):
+    (tmp_path / "secret").write_text("{}")
+    (queue / "link").symlink_to(tmp_path / "secret")
+    os.mkfifo(queue / "fifo")
+    for name in ("link", "fifo"):
+        with pytest.raises(OSError):
+            read_message(queue / name, 100)
 
 
 async def test_only_visible_plain_directories_with_printable_names_are_queues(root, backend, tmp_path):
