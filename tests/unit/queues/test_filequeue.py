@@ -507,6 +507,29 @@ async def test_rubbish_among_the_claims_is_survived(root, queue, consumer):
     await until(lambda: not (area / ".tmp" / "old").exists())
 
 
+async def test_notifications_need_no_rescan(root, queue, connect):
+    backend = connect(FileSettings(rescan_secs=3600, sweep_secs=3600))
+    consumer = await backend.consumer(backend.ref("local_q"))
+    for write in (
+        lambda: (queue / "in place").write_text("1"),
+        lambda: (root / "m").rename(queue / "by rename"),
+    ):
+        (root / "m").write_text("1")
+        taking = asyncio.create_task(take(consumer))
+        await asyncio.sleep(0.2)
+        assert not taking.done()
+        write()
+        assert await (await taking).ack()
+    for remove in (lambda: shutil.rmtree(queue), lambda: queue.rename(root / "local_p")):
+        taking = asyncio.create_task(take(consumer))
+        await asyncio.sleep(0.2)
+        assert not taking.done()
+        remove()
+        with pytest.raises(QueueGone):
+            await taking
+        queue.mkdir()
+
+
 async def test_without_notifications_the_rescan_finds_messages(queue, connect, monkeypatch):
     def none_left() -> None:
         raise OSError(24, "no more instances")
