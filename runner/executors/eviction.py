@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -69,8 +70,7 @@ class Evictor:
                 if free:
                     shutil.rmtree(path, ignore_errors=True)
         for path in _oldest_first(self._entries):
-            expires = json.loads((path / layout.MANIFEST).read_bytes()).get("expires")
-            if expires is not None and expires < now:
+            if _expires(path) < now:
                 self._remove(path)
         return usage(self._cache)
 
@@ -104,6 +104,15 @@ def usage(folder: Path) -> int:
                 continue
             total += status.st_blocks * 512 / status.st_nlink
     return round(total)
+
+
+def _expires(entry: Path) -> float:
+    """When it does (wall clock); 0 when its manifest was damaged, by a power cut say."""
+    try:
+        expires = json.loads((entry / layout.MANIFEST).read_bytes())["expires"]
+        return math.inf if expires is None else float(expires)
+    except (ValueError, TypeError, KeyError):
+        return 0.0
 
 
 def _oldest_first(entries: Path) -> list[Path]:

@@ -266,6 +266,7 @@ async def test_a_failed_build_says_why_to_all_who_wait_and_leaves_nothing(execut
     assert "apple" in str(failures[0])
     assert "9.9" in str(failures[0])
     assert list((tmp_path / "cache" / "entries").iterdir()) == []
+    assert len(list(tmp_path.glob("log*"))) == 1  # one build for all three
 
 
 async def test_pins_that_contradict_each_other_are_installed_as_they_stand(executor, spec, tmp_path):
@@ -466,6 +467,18 @@ async def test_a_damaged_base_is_built_again(executor, spec, tmp_path):
         assert python(prepared, "import apple; print(apple.VERSION)") == "1.0"
 
 
+async def test_a_base_with_a_damaged_manifest_is_not_used_and_goes(executor, spec, tmp_path):
+    async with executor.prepare(spec("apple==1.0"), tmp_path / "log") as prepared:
+        entry = tmp_path / "cache" / "entries" / prepared.facts["environment"]
+    (entry / "environment.json").write_text("")
+    await executor.cache.evict()
+    assert not entry.exists()
+    async with executor.prepare(spec("apple==1.0"), tmp_path / "log"):
+        (entry / "environment.json").write_text("")
+        async with executor.prepare(spec("apple==1.0"), tmp_path / "log") as prepared:
+            assert prepared.facts["environment_cached"] is False
+
+
 async def test_over_the_quota_the_least_used_goes_and_what_is_in_use_stays(spawner, environ, spec, tmp_path):
     executor = VenvExecutor(
         Environments(cache_dir=tmp_path / "cache", cache_bytes=1), spawner, environ=environ
@@ -508,7 +521,7 @@ async def test_what_is_not_pinned_ages_out(executor, spec, tmp_path, monkeypatch
     clock = [1_000_000_000.0]
     monkeypatch.setattr("time.time", lambda: clock[0])
     keys: dict[str, list[object]] = {"apple": [], "apple==1.0": []}
-    for clock[0] in (clock[0], clock[0] + 86_400):
+    for clock[0] in (1_000_000_000.0, 1_000_086_400.0):
         for line, seen in keys.items():
             async with executor.prepare(spec(line), tmp_path / "log") as prepared:
                 seen.append(prepared.facts["environment"])

@@ -116,7 +116,7 @@ async def test_real_ones_are_asked_and_shims_and_copies_are_passed_over(spawner,
     shims, copy, links, broken = (tmp_path / name for name in ("shims", "venv/bin", "links", "broken"))
     for folder in (shims, copy, links, broken):
         folder.mkdir(parents=True)
-    (shims / "python3").write_text("#!/bin/sh\nexit 3\n")
+    (shims / "python3").write_text(f'#!/bin/sh\nexec {binary} "$@"\n')
     (copy.parent / "pyvenv.cfg").write_text("")
     (copy / "python3").write_bytes(binary.read_bytes())
     (links / "python3.99").symlink_to(binary)
