@@ -30,9 +30,11 @@ def serve(options: config.Config) -> int:
 
 async def run_daemon(options: config.Config) -> int:
     """The daemon in the running loop."""
-    from runner.daemon import service
+    # Imported here: `--help` and refusals of options need none of it.
+    from runner.cli.parts import parts
+    from runner.daemon.service import Service
 
-    raise errors.RunnerError(f"{service.__name__} has no parts for {options.paths.working_dir} yet")
+    return await Service(options, parts(options)).run()
 
 
 def check_files(options: config.Config) -> None:

@@ -54,7 +54,7 @@ class Api:
 
     def _shown(self, active: Active) -> dict[str, Any]:
         summary = active.experiment.summary()
-        return redact.redact_value(
+        shown: dict[str, Any] = redact.redact_value(
             summary
             | {
                 "queue": str(active.queue.ref),
@@ -63,6 +63,7 @@ class Api:
                 "elapsed_secs": round(time.time() - active.started, 3),
             }
         )
+        return shown
 
     async def _output(self, request: Request) -> Response:
         active = next(

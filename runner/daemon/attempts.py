@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from runner import errors
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 #: Finished messages are remembered for a day: a redelivery of one is acknowledged on sight.
@@ -116,7 +117,7 @@ class Ledger:
             self._db.execute("DELETE FROM attempts WHERE time<?", (now - ATTEMPTS_SECS,))
 
     @contextlib.contextmanager
-    def _transaction(self):  # noqa: ANN202 - a context manager of two lines
+    def _transaction(self) -> Iterator[None]:
         self._db.execute("BEGIN IMMEDIATE")
         try:
             yield

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from runner.request.redact import redact as redact_request
 from runner.telemetry import redact
 
 if TYPE_CHECKING:
@@ -41,7 +42,10 @@ class DeadLetter:
             key: value for key, value in dataclasses.asdict(self).items() if value is not None
         }
         try:
-            document["body"] = redact.redact_value(orjson.loads(body))
+            parsed = orjson.loads(body)
+            document["body"] = (
+                redact_request(parsed) if isinstance(parsed, dict) else redact.redact_value(parsed)
+            )
         except orjson.JSONDecodeError:
             try:
                 document["body"] = redact.redact_text(body.decode())

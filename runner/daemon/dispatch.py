@@ -37,6 +37,8 @@ log = structlog.get_logger(__name__)
 PARK_SECS = 60.0
 #: A queue that has lost its room goes on listening for so long: closing and opening consumers at each start costs more.
 LINGER_SECS = 1.0
+#: After a queue was found gone or its broker away; discovery is what decides.
+RECONSUME_SECS = 5.0
 #: How often the queues of running experiments are asked for: a deleted one stops its runs (DESIGN.md rule 11).
 EXISTENCE_SECS = 15.0
 
@@ -155,23 +157,25 @@ class Dispatcher:
                     await changed.wait()
 
     async def _work(self, state: QueueState) -> None:
-        consumer: Consumer | None = None
+        """Until cancelled: take from the queue. One that is gone, or whose broker is, is tried again: `forget` ends the worker."""
+        while True:
+            try:
+                await self._consume(state)
+            except QueueGone:
+                log.info("queue is gone", queue=str(state.ref))
+            except errors.QueueUnavailable as exc:
+                log.warning("queue is unavailable", queue=str(state.ref), error=str(exc))
+            await asyncio.sleep(RECONSUME_SECS)
+
+    async def _consume(self, state: QueueState) -> None:
+        consumer = await state.backend.consumer(state.ref)
         try:
-            consumer = await state.backend.consumer(state.ref)
             while True:
                 await self._open(state)
                 if (delivery := await self._next(state, consumer)) is not None:
                     await self._admit(state, delivery)
-        except QueueGone:
-            log.info("queue is gone", queue=str(state.ref))
-            self._workers.pop(state.ref, None)
-        except errors.QueueUnavailable as exc:
-            # The backend comes back by itself; discovery, which needs it too, serves the queue again.
-            log.warning("queue is unavailable", queue=str(state.ref), error=str(exc))
-            self._workers.pop(state.ref, None)
         finally:
-            if consumer is not None:
-                await consumer.close()
+            await consumer.close()
 
     async def _next(self, state: QueueState, consumer: Consumer) -> Delivery | None:
         """The next message; None when the queue lost its room for longer than a moment meanwhile."""

@@ -71,5 +71,5 @@ class QueueState:
 
     def usage(self) -> float:
         """How much of this machine it has had lately (core seconds, fading), running ones counted as a minute each."""
-        faded = self._used * 0.5 ** ((time.monotonic() - self._used_at) / USAGE_HALF_LIFE_SECS)
+        faded: float = self._used * 0.5 ** ((time.monotonic() - self._used_at) / USAGE_HALF_LIFE_SECS)
         return faded + 60.0 * self.running

@@ -16,6 +16,7 @@ from runner.experiment import lifecycle
 from runner.experiment.lifecycle import Experiment
 from runner.experiment.outcome import Outcome, Status
 from runner.experiment.workspace import Workspace
+from runner.telemetry import metrics
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -110,6 +111,7 @@ class Runs:
         experiment = Experiment(
             request=request, workspace=workspace, tools=self._tools, granted=allocation.amounts
         )
+        self._tools.metrics.attempt()
         twins = len(self.find(queue, delivery.digest))
         attempt = self._ledger.begin(queue.ledger_key, delivery.digest, delivery.attempts) - twins
         experiment.attempt = attempt
@@ -162,6 +164,9 @@ class Runs:
         self._active[active.state.run_id] = active
         active.queue.running += 1
         self.started_total += 1
+        added = active.request.time_added
+        waited = None if added is None or allocation is None else time.time() - added
+        self._tools.metrics.experiment_started(_labels(active), wait_secs=waited)
         active.task = asyncio.create_task(self._run(active, allocation), name=f"run {active.state.run_id}")
 
     async def adopt(self, twins: list[Active], delivery: Delivery) -> None:
@@ -283,6 +288,7 @@ class Runs:
                 self._ledger.finish(queue.ledger_key, digest)
                 queue.succeeded()
                 in_time = await delivery.ack()
+                self._tools.metrics.delivery("ack" if in_time else "lost")
                 log.info("experiment finished", **told, acknowledged=in_time)
             case errors.Fate.REQUEUE:
                 wait = 0.0
@@ -296,6 +302,7 @@ class Runs:
                 else:
                     wait = queue.back_off(outcome.text)
                 await delivery.requeue(wait)
+                self._tools.metrics.delivery("requeue")
                 log.warning("experiment goes back to its queue", **told, wait_secs=round(wait, 1))
             case errors.Fate.REJECT:
                 text = (
@@ -351,6 +358,7 @@ class Runs:
         self._ledger.finish(queue.ledger_key, delivery.digest)
         self._tools.metrics.dead_letter(reason)
         await delivery.reject()
+        self._tools.metrics.delivery("reject")
         log.warning(
             "message dead-lettered",
             queue=str(delivery.queue),
@@ -379,7 +387,7 @@ class Runs:
             await asyncio.wait(tasks)
 
     def _remember(self, active: Active, outcome: Outcome, elapsed_secs: float) -> None:
-        self._tools.metrics.experiment_finished(status=outcome.status, reason=outcome.reason)
+        self._tools.metrics.experiment_finished(_labels(active), status=outcome.status, reason=outcome.reason)
         self.recent.append(
             active.experiment.summary()
             | {
@@ -393,3 +401,12 @@ class Runs:
                 "elapsed_secs": round(elapsed_secs, 3),
             }
         )
+
+
+def _labels(active: Active) -> metrics.Run:
+    return metrics.Run(
+        kind=active.queue.backend.kind,
+        queue=str(active.queue.ref),
+        project=active.request.project or "",
+        experiment=active.request.key,
+    )

@@ -52,7 +52,7 @@ class RunState:
                     "fate": errors.Fate(outcome["fate"]),
                 }
             )
-        return cls(**document | {"root": Path(document["root"]), "outcome": outcome})
+        return cls(**dict(document) | {"root": Path(document["root"]), "outcome": outcome})
 
 
 class RunStates:
@@ -91,7 +91,8 @@ def sweep(states: RunStates, runs: Path) -> tuple[list[RunState], list[RunState]
     Directories that no state tells of, and states whose directory is gone, are removed. No process of theirs is left: their
     supervisors have seen to that.
     """
-    undelivered, interrupted = [], []
+    undelivered: list[RunState] = []
+    interrupted: list[RunState] = []
     known = set()
     for state in states.load():
         if not state.root.is_dir() or state.root.parent != runs:

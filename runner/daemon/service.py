@@ -20,6 +20,7 @@ import time
 from typing import TYPE_CHECKING
 
 import structlog
+from prometheus_client import CollectorRegistry
 
 from runner import __version__, errors
 from runner.daemon import lock, runstate
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from runner.config import Config
     from runner.executors.base import Executor
     from runner.queues.base import QueueBackend
+    from runner.queues.catalog import AccountStatus, Change
     from runner.storage.cache import ArtifactCache
     from runner.storage.registry import Stores
 
@@ -86,6 +88,13 @@ def private_directory(path: Path, option: str) -> Path:
     return path
 
 
+def _problem(status: AccountStatus) -> str | None:
+    """What is wrong with an account; None when nothing is."""
+    if status.ok:
+        return None
+    return status.error or "not asked yet"
+
+
 class Service:
     """One daemon. `run` is its whole life."""
 
@@ -93,7 +102,7 @@ class Service:
         self._config = config
         self._parts = parts
         self._host = socket.gethostname()
-        self._metrics = telemetry.Metrics(telemetry.registry(), self._host)
+        self._metrics = telemetry.Metrics(CollectorRegistry(), self._host)
         self.stop = stop or Stop()
         self._notifier = Notifier()
         self._began = time.monotonic()
@@ -139,7 +148,12 @@ class Service:
                     metrics=self._metrics,
                     undelivered=undelivered,
                 )
-                catalog = Catalog(self._parts.backends, self._config.queues, tallies=self._metrics)
+                catalog = Catalog(
+                    self._config.queues,
+                    counters=self._metrics,
+                    changed=lambda changes: self._changed(dispatcher, changes),
+                    backends=self._parts.backends,
+                )
                 await self._listen(stack, catalog, dispatcher, runs)
                 for backend in self._parts.backends:
                     await backend.open()
@@ -171,7 +185,7 @@ class Service:
         self, stack: contextlib.AsyncExitStack, catalog: Catalog, dispatcher: Dispatcher, runs: Runs
     ) -> None:
         def readiness() -> Readiness:
-            accounts = {status.account: status.problem for status in catalog.statuses()}
+            accounts = {status.account: _problem(status) for status in catalog.status()}
             return Readiness(
                 ready=not self.stop.drain.is_set() and any(not problem for problem in accounts.values()),
                 accounts=accounts,
@@ -191,20 +205,14 @@ class Service:
     async def _serve(
         self, catalog: Catalog, dispatcher: Dispatcher, runs: Runs, interrupted: Interrupted
     ) -> int:
-        def on_change(event: object) -> None:
-            if isinstance(event, Added):
-                dispatcher.serve(event.queue, event.backend)
-            else:
-                dispatcher.forget(event.queue)  # type: ignore[attr-defined]
-
-        services: list[Coroutine[object, object, None]] = [
-            catalog.run(self._config.queues.refresh_secs, on_change),
-            dispatcher.watch_existence(),
-            interrupted.run(),
-            self._limits(runs),
-            self._notifier.watchdog(),
-        ]
-        sides = [asyncio.create_task(service, name=service.__qualname__) for service in services]
+        services: dict[str, Coroutine[object, object, None]] = {
+            "catalog": catalog.run(self._config.queues.refresh_secs),
+            "existence": dispatcher.watch_existence(),
+            "interrupted": interrupted.run(),
+            "limits": self._limits(runs),
+            "watchdog": self._notifier.watchdog(),
+        }
+        sides = [asyncio.create_task(service, name=name) for name, service in services.items()]
         log.info(
             "serving",
             version=__version__,
@@ -222,6 +230,14 @@ class Service:
             for side in sides:
                 side.cancel()
             await asyncio.gather(*sides, return_exceptions=True)
+
+    def _changed(self, dispatcher: Dispatcher, changes: Sequence[Change]) -> None:
+        for change in changes:
+            if isinstance(change, Added):
+                dispatcher.serve(change.queue, change.backend)
+            else:
+                dispatcher.forget(change.queue)
+                self._metrics.queue_gone(change.backend.kind, str(change.queue))
 
     async def _first(self, stopped: Coroutine[object, object, object], *sides: asyncio.Task[None]) -> None:
         """Wait for the stop. A service that fails ends the daemon, loudly: half a daemon would be worse."""

@@ -7,7 +7,7 @@ import contextlib
 import tempfile
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO, cast
 from urllib.parse import urlsplit
 
 import structlog
@@ -19,8 +19,6 @@ from runner.storage.location import locate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-    from typing import BinaryIO
-
     from runner.experiment.tools import Tools
     from runner.experiment.workspace import Workspace
     from runner.request.model import Artifact, Request
@@ -193,7 +191,8 @@ class Artifacts:
             with single.open("rb") as file:
                 self.put(location, file, single.stat().st_size)
         else:
-            with tempfile.SpooledTemporaryFile(_SPOOL_BYTES, dir=self._workspace.private) as packed:
+            with tempfile.SpooledTemporaryFile(_SPOOL_BYTES, dir=str(self._workspace.private)) as spool:
+                packed = cast("BinaryIO", spool)
                 result = archive.pack(
                     directory,
                     packed,
@@ -206,7 +205,7 @@ class Artifacts:
                     log.warning("artifact", artifact=artifact.tag, warning=warning)
                 size = packed.seek(0, 2)
                 packed.seek(0)
-                self.put(location, packed, size)  # type: ignore[arg-type]
+                self.put(location, packed, size)
         self._stored[artifact.tag] = fingerprint
 
     def put(self, location: Location, source: BinaryIO, size: int) -> None:

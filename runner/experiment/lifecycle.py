@@ -28,6 +28,7 @@ from runner.experiment.outcome import Outcome
 from runner.experiment.record import Record
 from runner.metadata import names
 from runner.process.base import Command
+from runner.request.redact import secret_values
 from runner.telemetry import logs, redact
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from runner.executors.base import Prepared
     from runner.experiment.tools import Tools
     from runner.experiment.workspace import Workspace
+    from runner.process.base import ProcessExit
     from runner.process.spawner import Process
     from runner.request.model import Request, Resources
 
@@ -211,7 +213,7 @@ class Experiment:
 
     async def _run_program(self, prepared: Prepared) -> Outcome:
         self._enter("running")
-        self._record.running(prepared.facts)
+        await asyncio.to_thread(self._record.running, prepared.facts)
         command = Command(
             argv=prepared.argv, env=prepared.env, cwd=self.workspace.workspace, output=self.workspace.output
         )
@@ -225,7 +227,7 @@ class Experiment:
             return Outcome.of_stop(*self._stopping)
         return Outcome.of_exit(ended)
 
-    async def _wait(self, process: Process):  # noqa: ANN202 - ProcessExit
+    async def _wait(self, process: Process) -> ProcessExit:
         try:
             return await process.wait()
         except asyncio.CancelledError:
@@ -386,21 +388,9 @@ class Experiment:
         """This run's records go to its own log as well, and its secrets go nowhere."""
         with (
             logs.capture(self.workspace.run_id, self.workspace.runner_log),
-            redact.secrets.known(_secrets(self.request)),
+            redact.secrets.known(secret_values(self.request.raw)),
         ):
             yield
-
-
-def _secrets(request: Request) -> list[str | None]:
-    pairs = [artifact.credentials for artifact in request.artifacts]
-    pairs += [
-        endpoint.credentials for endpoint in (request.storage, request.database) if endpoint is not None
-    ]
-    found: list[str | None] = [
-        value for pair in pairs if pair for value in (pair.secret_key, pair.session_token)
-    ]
-    found += [value for name, value in request.env.items() if redact.names_secret(name)]
-    return found
 
 
 def _closing_line(workspace: Workspace, line: str) -> None:

@@ -14,9 +14,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
+import os
 import shutil
 from typing import TYPE_CHECKING
 
@@ -101,3 +103,8 @@ class Workspace:
     def remove(self) -> None:
         """Remove all of it. Blocking. What cannot be removed stays, and the next start of the daemon tries again."""
         shutil.rmtree(self.root, ignore_errors=True)
+        if self.root.exists():  # a workload may have taken away its own rights
+            for directory, _, _ in os.walk(self.root):
+                with contextlib.suppress(OSError):
+                    os.chmod(directory, 0o700)  # noqa: PTH101 - names from walk are text
+            shutil.rmtree(self.root, ignore_errors=True)

@@ -49,19 +49,20 @@ class Document:
         self._unmeasured = 0  # bytes asked for since `_bytes` was exact
 
     @classmethod
-    def begin(cls, subject: Subject, *, schema: str = "1.0") -> Self:
-        """The document of a new run."""
-        studioml: dict[str, Any] = {"experiment": subject.key, "project": subject.project}
-        if schema == "0.14":
-            studioml = {"experiment": studioml, "artifacts": dict(subject.artifacts), "host": subject.host}
-            return cls({"studioml": studioml, "experiment": {}}, schema=schema)
-        if schema != "1.0":
+    def begin(cls, subject: Subject, *, schema: str = "1.0", asset: str | None = None) -> Self:
+        """The document of a new run; `asset` is given when it is written anew after a restart."""
+        if schema not in SCHEMAS:
             raise ValueError(f"there is no metadata schema {schema!r}; there are {', '.join(SCHEMAS)}")
+        key, project, artifacts = subject.key, subject.project, dict(subject.artifacts)
+        if schema == "0.14":
+            names = {"key": key, "project": project}
+            studioml = {"experiment": names, "artifacts": artifacts, "host": subject.host}
+            return cls({"studioml": studioml, "experiment": {}}, schema=schema)
         roots = {
             "runner": {"host": subject.host, "request": dict(subject.request)},
             "experiment": {},
-            "studioml": studioml | {"artifacts": dict(subject.artifacts)},
-            "asset": str(uuid.uuid4()),
+            "studioml": {"experiment": key, "project": project, "artifacts": artifacts},
+            "asset": asset or str(uuid.uuid4()),
         }
         return cls(roots, schema=schema)
 

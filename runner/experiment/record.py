@@ -1,0 +1,234 @@
+"""The metadata objects of one run: the document scraped from its output, its output, and the daemon's records of it.
+
+All three lie as files in the run's directory, and are stored from there: so a restarted daemon can store what an earlier one
+left (DESIGN.md 5.6, INTEROP.md 5). Blocking methods run in worker threads, one at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import os
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import orjson
+import structlog
+
+from runner import errors
+from runner.experiment.outcome import Status
+from runner.metadata import store as manifests
+from runner.metadata.document import Document, Subject
+from runner.metadata.scrape import Scraper
+from runner.process.tail import Tail
+from runner.request.model import Artifact, Request
+from runner.request.redact import redact
+from runner.storage.location import locate
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from runner.experiment.lifecycle import Experiment
+    from runner.experiment.outcome import Outcome
+    from runner.experiment.tools import Tools
+    from runner.process.base import ProcessExit
+    from runner.storage.base import Location
+
+log = structlog.get_logger(__name__)
+
+#: Output is scraped in pieces of this size.
+CHUNK_BYTES = 1 << 20
+#: Where the three objects of each run lie, at the root of the bucket of the `_metadata` artifact.
+PREFIX = "metadata/"
+
+
+class Record:
+    """Writes and stores the metadata of one attempt."""
+
+    def __init__(self, experiment: Experiment, tools: Tools) -> None:
+        self._experiment = experiment
+        self._tools = tools
+        self._workspace = experiment.workspace
+        self._schema = tools.config.runs.metadata_schema
+        self._tail = Tail(self._workspace.output)
+        self._scraper = Scraper()
+        self._lock = threading.Lock()
+        self._stored: dict[str, tuple[int, int]] = {}  # object name -> size and mtime of what it holds
+        self._document: Document | None = None
+        self._exit: ProcessExit | None = None
+        self._outcome: Outcome | None = None
+        self._stopped: float | None = None
+
+    @property
+    def last(self) -> Any:
+        """What the workload has told so far: the document's `experiment`."""
+        return self._document.last if self._document is not None else None
+
+    def running(self, facts: Mapping[str, object]) -> None:
+        """The workload is about to start; `facts` are the executor's. Blocking."""
+        with self._lock:
+            self._begun().note(environment=dict(facts))
+
+    def ended(self, ended: ProcessExit) -> None:
+        """How the workload's processes ended, and what they used."""
+        self._exit = ended
+
+    def update(self) -> None:
+        """Scrape what was printed since the last time, and write the document. Blocking."""
+        with self._lock:
+            self._scrape()
+            self._write()
+
+    def finish(self, outcome: Outcome) -> None:
+        """Scrape the rest, and write the final document. Blocking; the document does not change after that."""
+        with self._lock:
+            self._outcome, self._stopped = outcome, time.time()
+            self._scrape()
+            document = self._begun()
+            for directive in self._scraper.finish():
+                document.apply(directive)
+            self._tools.metrics.bad_directive(
+                document.bad + self._scraper.unparsable + self._scraper.too_long
+            )
+            document.set_final(
+                status=outcome.status,
+                reason=outcome.reason,
+                stopped=self._stopped,
+                exit_code=outcome.exit_code,
+                **self._used(),
+            )
+            self._write()
+
+    async def upload(self, *, final: bool = False) -> list[errors.RunnerError]:
+        """Store what changed of the three objects, the document last; what failed is returned.
+
+        `final`: `finish` was called, and nothing of this run is stored after it.
+        """
+        target = self._target()
+        try:
+            if not final:
+                await asyncio.to_thread(self.update)
+            if target is not None:
+                await asyncio.gather(
+                    asyncio.to_thread(self._put, target, self._names[0], self._workspace.output),
+                    asyncio.to_thread(self._put, target, self._names[1], self._workspace.runner_log),
+                )
+                await asyncio.to_thread(self._put, target, self._names[2], self._workspace.document)
+            if self._tools.config.runs.metadata_store is not None:
+                await asyncio.to_thread(self._put_manifest, target)
+        except errors.RunnerError as exc:
+            log.warning("metadata cannot be stored", error=str(exc))
+            return [exc]
+        except OSError as exc:
+            log.warning("metadata cannot be read", error=str(exc))
+            return [errors.AttemptFailed(f"the metadata cannot be read: {exc}")]
+        return []
+
+    @property
+    def _names(self) -> tuple[str, str, str]:
+        accession = self._experiment.accession
+        return accession.output_name, accession.runner_name, accession.scrape_name
+
+    def _target(self) -> Location | None:
+        """Where the objects go; None for a message without a `_metadata` artifact."""
+        return self._experiment.artifacts.location("_metadata")
+
+    def _subject(self) -> Subject:
+        experiment = self._experiment
+        return Subject(
+            key=experiment.request.key,
+            project=experiment.request.project,
+            host=self._tools.host,
+            request=redact(experiment.request.raw),
+            artifacts=experiment.artifacts.addresses(),
+        )
+
+    def _begun(self) -> Document:
+        if self._document is None:
+            granted = self._experiment.granted
+            machine = (
+                {} if granted is None else {"granted": {"cpus": granted.cpus, "ram_bytes": granted.ram_bytes}}
+            )
+            self._document = Document.begin(self._subject(), schema=self._schema, asset=self._asset())
+            self._document.set_running(
+                started=self._experiment.started,
+                accession=str(self._experiment.accession),
+                attempt=self._experiment.attempt,
+                **machine,
+            )
+        return self._document
+
+    def _asset(self) -> str | None:
+        """That of a document which an earlier daemon has begun: all of its output is scraped again, but it stays the same asset."""
+        with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+            return str(orjson.loads(self._workspace.document.read_bytes())["asset"])
+        return None
+
+    def _scrape(self) -> None:
+        document = self._begun()
+        while data := self._tail.read_new(CHUNK_BYTES):
+            self._tools.metrics.scraped(len(data))
+            for directive in self._scraper.feed(data):
+                document.apply(directive)
+
+    def _used(self) -> dict[str, Any]:
+        if self._exit is None:
+            return {}
+        return {
+            "used": {
+                "elapsed_secs": round(self._exit.elapsed_secs, 3),
+                "user_secs": round(self._exit.user_secs, 3),
+                "system_secs": round(self._exit.system_secs, 3),
+                "max_rss_bytes": self._exit.max_rss_bytes,
+            },
+            "strays": self._exit.strays,
+        }
+
+    def _write(self) -> None:
+        partial = self._workspace.document.with_suffix(".partial")
+        partial.write_bytes(self._begun().to_bytes())
+        partial.replace(self._workspace.document)
+
+    def _put(self, target: Location, name: str, path: Path) -> None:
+        try:
+            file = path.open("rb")
+        except FileNotFoundError:
+            return
+        with file:
+            info = os.fstat(file.fileno())
+            state = (info.st_size, info.st_mtime_ns)
+            if self._stored.get(name) != state:
+                # The size of now: what a running workload adds meanwhile goes with the next checkpoint.
+                self._experiment.artifacts.put(target.at(PREFIX + name), file, info.st_size)
+                self._stored[name] = state
+
+    def _put_manifest(self, target: Location | None) -> None:
+        experiment = self._experiment
+        outcome = self._outcome
+        content = manifests.manifest(
+            self._subject(),
+            experiment.accession,
+            attempt=experiment.attempt,
+            status=Status.RUNNING if outcome is None else outcome.status,
+            reason=None if outcome is None else outcome.reason,
+            started=experiment.started,
+            stopped=self._stopped,
+            exit_code=None if outcome is None else outcome.exit_code,
+            metadata={} if target is None else {name: target.at(PREFIX + name).uri for name in self._names},
+        )
+        name = manifests.manifest_name(
+            project=experiment.request.project, key=experiment.request.key, accession=experiment.accession
+        )
+        store = _metadata_store(self._tools)
+        key = f"{store.key.rstrip('/')}/{name}".lstrip("/")
+        experiment.artifacts.put(store.at(key), io.BytesIO(content), len(content))
+
+
+def _metadata_store(tools: Tools) -> Location:
+    """The operator's own store, opened with the operator's own AWS variables."""
+    own = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    address = Artifact(tag="metadata-store", qualified=tools.config.runs.metadata_store)
+    return locate(address, Request(key="-", env=own), tools.config.s3, allow_env_secrets=True)
