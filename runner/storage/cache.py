@@ -124,9 +124,13 @@ class ArtifactCache:
             yield entry
         finally:
             if entry is None:
-                with self._lock:
-                    self._fetching.discard(name)
-                    self._lock.notify_all()
+                self._give_up(name)
+
+    def _give_up(self, name: str) -> None:
+        """Let the next one try. Once too often is no harm: the object is fetched by two threads at once."""
+        with self._lock:
+            self._fetching.discard(name)
+            self._lock.notify_all()
 
     def _find(self, name: str, info: ObjectInfo) -> _Entry | None:
         path = self._directory / name
@@ -151,13 +155,12 @@ class ArtifactCache:
     @contextlib.contextmanager
     def _download(self, name: str, info: ObjectInfo, stream: ObjectStream) -> Iterator[ObjectStream]:
         part = None
-        if (stream.info.etag, stream.info.size) == (
-            info.etag,
-            info.size,
-        ):  # else it was replaced since `stat`
+        same = (stream.info.etag, stream.info.size) == (info.etag, info.size)
+        if same:  # else it was replaced since `stat`
             with self._tolerant():
                 part = self._reserve(name, info.size)
         if part is None:
+            self._give_up(name)  # nobody need wait for what will not be kept
             yield stream
             return
         try:

@@ -12,7 +12,7 @@ import zlib
 from typing import IO, TYPE_CHECKING
 
 from runner import errors
-from runner.storage.archive.limits import refuse
+from runner.storage.archive.limits import refuse, shown
 from runner.storage.archive.tarread import Entry, Kind
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class ZipReader:
         try:
             self._zip = zipfile.ZipFile(raw)
         except _DAMAGE as error:
-            raise errors.ArchiveRefused(f"the archive is damaged: {error}") from error
+            raise _damaged(error) from error
 
     def __iter__(self) -> Iterator[Entry]:
         for info in self._zip.infolist():
@@ -82,13 +82,13 @@ class ZipReader:
         try:
             content = self._zip.open(info)
         except _DAMAGE as error:
-            raise errors.ArchiveRefused(f"the archive is damaged: {error}") from error
+            raise _damaged(error) from error
         with content:
             while True:
                 try:
                     piece = content.read(_READ_BYTES)
                 except _DAMAGE as error:
-                    raise errors.ArchiveRefused(f"the archive is damaged: {error}") from error
+                    raise _damaged(error) from error
                 if not piece:
                     return
                 self._budget.take(0)
@@ -123,6 +123,12 @@ class ZipReader:
         if kind is None:
             refuse(name, "is a device, a FIFO or a socket")
         return kind
+
+
+def _damaged(error: Exception) -> errors.ArchiveRefused:
+    return errors.ArchiveRefused(
+        f"the archive is damaged: {shown(str(error))}"
+    )  # `zipfile` quotes what it read
 
 
 def _nanoseconds(info: zipfile.ZipInfo) -> int:
