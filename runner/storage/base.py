@@ -107,7 +107,7 @@ class ObjectStore(abc.ABC):
 
     @abc.abstractmethod
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        """The objects below `prefix`, in byte order of their keys."""
+        """The objects whose keys begin with `prefix`, in byte order where the server sorts so (SeaweedFS does not)."""
 
     @abc.abstractmethod
     def reachable(self) -> bool:

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 _COPY_BYTES = 1 << 20
 _PART_PREFIX, _PART_SUFFIX = ".studio-runner-", ".part"  # of objects half written; never listed
 _ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENXIO})
+_IN_THE_WAY = (_ABSENT - {errno.ENOENT}) | {
+    errno.EEXIST,
+    errno.ENOTEMPTY,
+}  # a file where a directory is wanted, ...
 _REFUSED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 
 
@@ -42,17 +46,16 @@ class FileStore(ObjectStore):
     def open(self, key: str) -> Iterator[ObjectStream]:
         """As `ObjectStore.open`. The bytes are those of the moment it was opened, whatever `put` does meanwhile."""
         with self._translated(key):
-            # not blocking: a named pipe would wait for its writer
-            descriptor = os.open(self._path(key), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(descriptor, "rb") as file:
-            found = os.fstat(descriptor)
+            file = open(self._path(key), "rb", opener=_opener)  # noqa: SIM115 - entered below, outside the translation
+        with file:
+            found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode):
                 raise NotFound(f"{self._root / key} is no regular file")
             yield _FileStream(file, _info(key, found), str(self._root))
 
     def put(self, key: str, source: BinaryIO, size: int) -> None:
         """As `ObjectStore.put`: written beside its place, flushed to the disk, then moved there."""
-        with self._translated(key):
+        with self._translated(key, writing=True):
             path = self._path(key, follow=False)
             path.parent.mkdir(parents=True, exist_ok=True)
             part = path.with_name(f"{_PART_PREFIX}{secrets.token_hex(8)}{_PART_SUFFIX}")
@@ -109,11 +112,13 @@ class FileStore(ObjectStore):
         return real
 
     @contextlib.contextmanager
-    def _translated(self, key: str) -> Iterator[None]:
+    def _translated(self, key: str, *, writing: bool = False) -> Iterator[None]:
         try:
             yield
         except (OSError, RuntimeError) as exc:  # RuntimeError: pathlib's word for links in a circle
             path, code = self._root / key, getattr(exc, "errno", None) or errno.ELOOP
+            if writing and code in _IN_THE_WAY:
+                raise errors.ArtifactFailed(f"{path} cannot be written: {os.strerror(code)}") from exc
             if code in _ABSENT:
                 raise NotFound(f"there is no file {path}", bucket_missing=not self._root.exists()) from exc
             if code in _REFUSED:
@@ -142,6 +147,10 @@ class _FileStream(ObjectStream):
             )
         self._left -= len(data)
         return data
+
+
+def _opener(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a named pipe would wait for its writer
 
 
 def _info(key: str, found: os.stat_result) -> ObjectInfo:

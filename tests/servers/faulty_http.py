@@ -30,19 +30,25 @@ class Fault:
     how: str = ""  # "stall" | "reset" | "end"
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Clients that go away are the point here."""
+
+
 class FaultyHttp:
     """Serves `content` at every path. Each request takes the next fault of `faults`; without one it is served well."""
 
     def __init__(self) -> None:
         self.content = b""
         self.etag = "etag-1"
+        self.extra: dict[str, str] = {}  # headers of every good answer
         self.ranges = True
         self.lengths = True
         self.faults: deque[Fault] = deque()
         self.always: Fault | None = None  # where `faults` is empty
         self.seen: list[tuple[str, str, dict[str, str]]] = []  # method, path, headers
         self.released = threading.Event()  # ends every stall
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self._server = _Server(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), name="faulty-http")
         self._thread.start()
@@ -85,7 +91,7 @@ class FaultyHttp:
                 pass
 
             def _serve(self, fault: Fault | None) -> None:
-                content, status, headers = faulty.content, 200, {"ETag": f'"{faulty.etag}"'}
+                content, status, headers = faulty.content, 200, {"ETag": f'"{faulty.etag}"'} | faulty.extra
                 if faulty.ranges:
                     headers["Accept-Ranges"] = "bytes"
                     if self.headers.get("if-match") not in {None, f'"{faulty.etag}"'}:

@@ -74,7 +74,7 @@ class SeaweedFs:
             ),
             *(f"-master.port={master}", f"-master.port.grpc={master_grpc}", "-master.telemetry=false"),
             *("-master.volumeSizeLimitMB=1024", f"-volume.port={volume}", f"-volume.port.grpc={volume_grpc}"),
-            *("-volume.max=20", "-filer", f"-filer.port={filer}", f"-filer.port.grpc={filer_grpc}", "-s3"),
+            *("-volume.max=1000", "-filer", f"-filer.port={filer}", f"-filer.port.grpc={filer_grpc}", "-s3"),
             *(f"-s3.port={s3}", f"-s3.port.grpc={s3_grpc}", "-s3.port.iceberg=0", "-s3.port.lance=0"),
             *(
                 f"-s3.config={d}/s3.json",
