@@ -2,4 +2,9 @@
 
 from __future__ import annotations
 
-pytest_plugins = ["tests.servers.faulty_http", "tests.servers.rabbitmq", "tests.servers.seaweedfs"]
+pytest_plugins = [
+    "tests.servers.daemon",
+    "tests.servers.faulty_http",
+    "tests.servers.rabbitmq",
+    "tests.servers.seaweedfs",
+]
