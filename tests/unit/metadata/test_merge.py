@@ -111,7 +111,7 @@ def change(op, path="/mine/x", **rest):
         change("copy", "", **{"from": "/experiment/list"}), change("copy", "", **{"from": "/runner/request/none"}), change("move", "", **{"from": "/runner"}),
         change("test", "/experiment/epoch", value=2), change("test", "/no/such", value=2), change("remove", "/no"), change("add", "/no/x", value=1),
         change("add", "/experiment/list/9", value=1), change("add", "/experiment/list/x", value=1), change("remove", "/experiment/list/-"),
-        change("move", "/mine/a/b/c", **{"from": "/mine/a"}), change("add", "no-slash", value=1), change("add", "/bad~2", value=1),
+        change("move", "/none/x", **{"from": "/mine/a"}), change("move", "/mine/a/b/c", **{"from": "/mine/a"}), change("add", "no-slash", value=1), change("add", "/bad~2", value=1),
         change("add", 3, value=1), change("add"), change("move"), change("copy", **{"from": 3}), change("frobnicate"), change([]), {"path": "/x"}, {"op": "add"},
         1, "text", None, [],
     ],

@@ -104,3 +104,11 @@ def test_the_literal_secrets_of_a_message():
 def test_the_copy_reads_as_a_request_again(path):
     copy = redact(json.loads(path.read_bytes()))
     assert decode(json.dumps(copy).encode()).key == copy["experiment"]["key"]
+
+
+@pytest.mark.parametrize("name", ["MY_KEY_1", "api_TOKEN", "DB_PASSWORD", "xSecretx", "WIFI_PASS", "MONKEY"])
+def test_variables_with_telling_names_are_masked_even_when_short(name):
+    assert redact(message(config={"env": {name: "x1", "PATH": "x1"}}))["config"]["env"] == {
+        name: MARK,
+        "PATH": "x1",
+    }
