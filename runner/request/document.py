@@ -49,7 +49,7 @@ def loads(text: bytes) -> Any:
         parsed, plain = orjson.loads(text), True
     except orjson.JSONDecodeError:
         parsed, plain = _loads_slowly(text), False
-    if text.count(b"{") + text.count(b"[") > MAX_DEPTH and _is_too_deep(parsed):
+    if len(text) > 2 * MAX_DEPTH and text.count(b"{") + text.count(b"[") > MAX_DEPTH and _is_too_deep(parsed):
         raise ValueError(_TOO_DEEP)
     return parsed if plain else _writable(parsed)
 
