@@ -1,0 +1,174 @@
+"""The whole daemon in the test's loop: real processes and real files, the memory queue, and no environment to build."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import sys
+import tarfile
+from typing import TYPE_CHECKING, Any
+
+from runner import config
+from runner.daemon.service import Parts, Service
+from runner.daemon.stop import Stop
+from runner.executors.base import Executor, Prepared, RunSpec
+from runner.queues.memory import MemoryBackend
+from runner.storage.registry import Stores
+from runner.telemetry import logs
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+    from pathlib import Path
+
+LIMIT_SECS = 60.0  #: for any wait: generous, since nothing here is about speed
+
+
+class ThisPython(Executor):
+    """Runs workloads with the interpreter of the tests: environments have tests of their own."""
+
+    @contextlib.asynccontextmanager
+    async def prepare(self, spec: RunSpec, log: Path) -> AsyncIterator[Prepared]:
+        yield Prepared(argv=(sys.executable, spec.filename, *spec.args), env=spec.env)
+
+
+class Daemon:
+    """A running daemon and its surroundings."""
+
+    def __init__(self, root: Path, queue: MemoryBackend, service: Service, settings: config.Config) -> None:
+        self.root = root
+        self.queue = queue
+        self.service = service
+        self.config = settings
+        self.storage = root / "storage"
+        self.task: asyncio.Task[int] | None = None
+
+    def message(self, script: str, key: str = "exp", **experiment: Any) -> bytes:
+        """A request for that script, in the form of the client, on directory storage."""
+        workspace = self.root / f"ws-{key}"
+        workspace.mkdir(exist_ok=True)
+        (workspace / "main.py").write_text(script)
+        self.storage.mkdir(exist_ok=True)
+        with tarfile.open(self.storage / f"{key}-ws.tar", "w") as archive:
+            archive.add(workspace / "main.py", "main.py")
+        artifacts = {"workspace": {"mutable": False, "unpack": True, "key": f"{key}-ws.tar"}} | {
+            tag: {"mutable": True, "unpack": True, "key": f"experiments/{key}/{tag}.tar"}
+            for tag in ("modeldir", "output", "retval", "_metadata")
+        }
+        for artifact in artifacts.values():
+            artifact["qualified"] = f"file://{self.storage}/{artifact['key']}"
+        settings = experiment.pop("config", {})
+        base = {"key": key, "filename": "main.py", "args": [], "artifacts": artifacts}
+        return json.dumps({"experiment": base | experiment, "config": settings}).encode()
+
+    async def submit(self, script: str, key: str = "exp", queue: str = "rmq_a", **experiment: Any) -> bytes:
+        """Declare the queue and publish a request."""
+        body = self.message(script, key, **experiment)
+        self.queue.declare(queue)
+        await self.queue.publish(self.queue.ref(queue), body)
+        return body
+
+    async def until(self, claim: Callable[[], Any]) -> Any:
+        """Wait until it is true; what it gave."""
+        async with asyncio.timeout(LIMIT_SECS):
+            while True:
+                assert self.task is not None
+                if self.task.done():
+                    self.task.result()
+                with contextlib.suppress(FileNotFoundError):
+                    if found := claim():
+                        return found
+                await asyncio.sleep(0.02)
+
+    async def settled(self, queue: str = "rmq_a") -> None:
+        """Wait until no message waits or is held, and nothing runs."""
+        await self.until(
+            lambda: (
+                not self.queue.depth(queue)
+                and not self.queue.held
+                and not self.queue._delayed
+                and not self.runs
+            )
+        )
+
+    @property
+    def runs(self) -> list[Path]:
+        """Directories of runs."""
+        folder = self.config.paths.working_dir / "runs"
+        return list(folder.iterdir()) if folder.exists() else []
+
+    def printed(self) -> bytes:
+        """What the only run in progress has printed so far."""
+        return b"".join(
+            path.read_bytes() for run in self.runs for path in run.glob("experiments/*/output/output")
+        )
+
+    def documents(self) -> list[dict[str, Any]]:
+        """The metadata documents in storage, oldest first."""
+        return [
+            json.loads(path.read_text()) for path in sorted(self.storage.glob("metadata/scrape-host-*.json"))
+        ]
+
+    def output(self, key: str = "exp") -> str:
+        """The stored output."""
+        with tarfile.open(self.storage / "experiments" / key / "output.tar") as archive:
+            assert archive.getnames() == ["output"]
+            member = archive.extractfile("output")
+            assert member is not None
+            return member.read().decode()
+
+    def dead(self) -> list[dict[str, Any]]:
+        """The dead letters."""
+        return [
+            json.loads(path.read_text()) for path in self.config.paths.state_dir.glob("dead-letter/*/*.json")
+        ]
+
+
+@contextlib.asynccontextmanager
+async def daemon(
+    root: Path, queue: MemoryBackend | None = None, *, drain: bool = True, **changes: Any
+) -> AsyncIterator[Daemon]:
+    """A daemon that serves. On exit it is drained, unless the test has ended it."""
+    queue = queue or MemoryBackend()
+    settings = configuration(root)
+    for part, values in changes.items():
+        settings = dataclasses.replace(
+            settings, **{part: dataclasses.replace(getattr(settings, part), **values)}
+        )
+    logs.configure(dataclasses.replace(settings.logs, level="debug", format="json"), sys.stderr)
+    parts = Parts(
+        backends=[queue], executor=lambda _: ThisPython(), stores=Stores(settings.s3), cache=lambda _: None
+    )
+    service = Service(settings, parts, Stop())
+    running = Daemon(root, queue, service, settings)
+    running.task = asyncio.create_task(service.run())
+    try:
+        yield running
+    finally:
+        if not running.task.done():
+            (service.stop.drain if drain else service.stop.force).set()
+            service.stop.drain.set()
+        async with asyncio.timeout(LIMIT_SECS):
+            await running.task
+        logs.flush()
+        await queue.aclose()
+
+
+def configuration(root: Path) -> config.Config:
+    """Discovery often, a free port, everything below `root`."""
+    work = root / "work"
+    return config.Config(
+        paths=config.Paths(working_dir=work, state_dir=work / "state"),
+        queues=config.Queues(match=re.compile("^rmq_"), refresh_secs=0.05),
+        machine=config.Machine(max_cores=min(2, os.cpu_count() or 1)),
+        cache=config.ArtifactCache(),
+        environments=config.Environments(cache_dir=work / "environments"),
+        s3=config.S3(),
+        http=config.Http(host="127.0.0.1", port=0),
+        logs=config.Logs(),
+        runs=config.Runs(),
+        limits=config.Limits(interval_secs=0.05),
+    )
