@@ -235,7 +235,9 @@ class Subscription:
 
     def _note_failure(self, error: BaseException) -> None:
         self._failures += 1
-        emit = log.warning if self._failures == 1 else log.debug
+        # What breaks with its connection has been said once, for all queues, by the link.
+        own = isinstance(error, (exceptions.ChannelClosedByBroker, exceptions.NoFreeChannels))
+        emit = log.warning if own and self._failures == 1 else log.debug
         emit("a queue's channel failed", link=self._link.label, queue=self._queue, error=wire.describe(error))
 
 

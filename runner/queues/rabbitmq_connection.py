@@ -12,6 +12,7 @@ import concurrent.futures
 import contextlib
 import logging
 import random
+import ssl
 import threading
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -136,12 +137,23 @@ def backoff(failures: int, longest: float) -> float:
 def cause(error: BaseException) -> BaseException:
     """What really happened, out of the wrappings of pika's connection workflow."""
     while True:
-        inner = getattr(error, "exceptions", None) or getattr(error, "exception", None)
-        if isinstance(inner, (list, tuple)):
+        inner = getattr(error, "exceptions", None) or getattr(error, "exception", None) or error.args
+        if isinstance(inner, (list, tuple)) and inner:
             inner = inner[-1]
         if not isinstance(inner, BaseException):
             return error
         error = inner
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether somebody answered and will not have us, so that asking again soon is no use."""
+    refusals = (
+        exceptions.ConnectionClosedByBroker,
+        exceptions.ProbableAuthenticationError,
+        exceptions.ProbableAccessDeniedError,
+        ssl.SSLError,
+    )
+    return isinstance(cause(error), refusals)
 
 
 def describe(error: BaseException) -> str:
@@ -197,16 +209,22 @@ class Link:
         """A new open channel; waits until the connection is up. Raises pika's AMQPError when that breaks under way."""
         if self._task is None:
             self._task = asyncio.create_task(self._keep_up(), name=self.label)
-        await self._up.wait()
-        assert self._connection is not None
+        connection = await self._open_connection()
         opened: asyncio.Future[Channel] = asyncio.get_running_loop().create_future()
-        channel = self._connection.channel(on_open_callback=lambda channel: settle(opened, channel))
+        channel = connection.channel(on_open_callback=lambda channel: settle(opened, channel))
         channel.add_on_close_callback(lambda _channel, reason: fail(opened, reason))
         try:
             return await opened
         except asyncio.CancelledError:
             discard(channel)
             raise
+
+    async def _open_connection(self) -> AsyncioConnection:
+        while True:
+            await self._up.wait()
+            if self._connection is not None and self._connection.is_open:
+                return self._connection
+            self._up.clear()  # it is breaking: its channels hear of that before `_keep_up` does
 
     async def close(self) -> None:
         """Close the connection, waiting for the broker's answer if it gives one. Idempotent."""
@@ -219,12 +237,10 @@ class Link:
         while True:
             try:
                 connection, closed = await self._connect()
-            except (exceptions.AMQPError, OSError) as error:
-                refused = isinstance(cause(error), exceptions.AMQPError)
+            except Exception as error:  # noqa: BLE001 - pika has no common root for these, and a link never gives up
                 self._note_failure(error, first=failures == 0)
-                await asyncio.sleep(
-                    backoff(failures, REFUSED_DELAY_SECS if refused else UNREACHABLE_DELAY_SECS)
-                )
+                longest = REFUSED_DELAY_SECS if is_refusal(error) else UNREACHABLE_DELAY_SECS
+                await asyncio.sleep(backoff(failures, longest))
                 failures += 1
                 continue
             failures = 0
