@@ -170,7 +170,6 @@ def _loaded(response: BaseHTTPResponse, endpoint: str) -> BaseHTTPResponse:
         if len(content) > _ANSWER_BYTES:
             response.close()
             raise errors.StorageUnavailable(f"{endpoint} answers without end", endpoint=endpoint)
-    response.release_conn()  # where there was nothing to read (HEAD) nobody has
     return urllib3.HTTPResponse(
         bytes(content),
         headers=response.headers,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import Iterator
 
 
@@ -38,11 +39,12 @@ class _Server(ThreadingHTTPServer):
 class FaultyHttp:
     """Serves `content` at every path. Each request takes the next fault of `faults`; without one it is served well."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, tls: ssl.SSLContext | None = None) -> None:
         self.content = b""
         self.etag = "etag-1"
         self.extra: dict[str, str] = {}  # headers of every good answer
         self.ranges = True
+        self.conditions = True  # whether it minds If-Match
         self.lengths = True
         self.faults: deque[Fault] = deque()
         self.always: Fault | None = None  # where `faults` is empty
@@ -50,6 +52,8 @@ class FaultyHttp:
         self.released = threading.Event()  # ends every stall
         self._server = _Server(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = True
+        if tls is not None:
+            self._server.socket = tls.wrap_socket(self._server.socket, server_side=True)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), name="faulty-http")
         self._thread.start()
         self.endpoint = f"127.0.0.1:{self._server.server_address[1]}"
@@ -94,7 +98,7 @@ class FaultyHttp:
                 content, status, headers = faulty.content, 200, {"ETag": f'"{faulty.etag}"'} | faulty.extra
                 if faulty.ranges:
                     headers["Accept-Ranges"] = "bytes"
-                    if self.headers.get("if-match") not in {None, f'"{faulty.etag}"'}:
+                    if faulty.conditions and self.headers.get("if-match") not in {None, f'"{faulty.etag}"'}:
                         self._answer(412, {}, b"")
                         return
                     if found := re.fullmatch(r"bytes=(\d+)-", self.headers.get("range") or ""):
