@@ -1,6 +1,6 @@
 """What the daemon tells its clients over HTTP, behind the guard of `telemetry.http` (loopback, or a token).
 
-`GET /api/runs`                  runs in progress and recent ones, newest last
+`GET /api/runs`                  runs in progress and recent ones, newest last; `?digest=SHA256`: only those of that message
 `GET /api/runs/RUN/output`       what a run in progress has printed; `?offset=BYTES` goes on from there
 `GET /api/queues`                the queues that are served, and why one is closed
 """
@@ -47,9 +47,12 @@ class Api:
             Route("/api/queues", self._queues),
         ]
 
-    async def _list(self, _request: Request) -> Response:
+    async def _list(self, request: Request) -> Response:
+        digest = request.query_params.get("digest")
+        running = [active for active in self._runs if digest in {None, active.state.digest}]
+        recent = [done for done in self._runs.recent if digest in {None, done["digest"]}]
         return _Json(
-            {"running": [self._shown(active) for active in self._runs], "recent": list(self._runs.recent)}
+            {"running": [self._shown(active) for active in running], "recent": redact.redact_value(recent)}
         )
 
     def _shown(self, active: Active) -> dict[str, Any]:
@@ -58,6 +61,7 @@ class Api:
             summary
             | {
                 "queue": str(active.queue.ref),
+                "digest": active.state.digest,
                 "attempt": active.attempt,
                 "status": "running",
                 "elapsed_secs": round(time.time() - active.started, 3),

@@ -218,6 +218,7 @@ class Dispatcher:
         tried = self._ledger.attempts(key, digest)
         # Runs of the same bytes that are alive here have not failed (yet).
         count = max(tried.count, delivery.attempts) - len(self._runs.find(state, digest))
+        request: Request | None = None
         try:
             request = decode.decode(delivery.body)
             if (left := self._undelivered.pop((key, digest), None)) is not None:
@@ -225,13 +226,20 @@ class Dispatcher:
             elif count >= MAX_ATTEMPTS:
                 text = f"gave up after {count} attempts: {tried.text or 'they were made by other hosts'}"
                 await self._runs.reject(
-                    state, delivery, reason=errors.Reason.ATTEMPTS, text=text, attempts=count
+                    state,
+                    delivery,
+                    reason=errors.Reason.ATTEMPTS,
+                    text=text,
+                    attempts=count,
+                    request=request,
                 )
             else:
                 state.remember(request.resources)
                 self._start(state, delivery, request, await self._room(state, request))
         except errors.Refused as exc:
-            await self._runs.reject(state, delivery, reason=exc.reason, text=str(exc), attempts=count)
+            await self._runs.reject(
+                state, delivery, reason=exc.reason, text=str(exc), attempts=count, request=request
+            )
         except errors.NotForThisHost as exc:
             await self._elsewhere(state, delivery, exc)
         except errors.NoCapacity as exc:

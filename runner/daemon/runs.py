@@ -202,12 +202,13 @@ class Runs:
         held = allocation
         with structlog.contextvars.bound_contextvars(**context):
             try:
-                outcome = await self._attempt(active, held)
+                outcome, fate = await self._attempt(active, held)
             except Exception as exc:  # the edge: a defect of ours fails one run, not the daemon
                 log.exception("the runner failed")
                 outcome = Outcome.of_error(
                     errors.RunnerError(f"the runner failed: {type(exc).__name__}: {exc}")
                 )
+                fate = errors.Fate.REQUEUE  # nobody has ended the delivery
             finally:
                 if held is not None:
                     held.release()
@@ -217,9 +218,10 @@ class Runs:
                 self._active.pop(active.state.run_id, None)
                 if not self._active:
                     self.idle_since = time.monotonic()
-            self._remember(active, outcome, time.monotonic() - began)
+            self._remember(active, outcome, fate, time.monotonic() - began)
 
-    async def _attempt(self, active: Active, allocation: Allocation | None) -> Outcome:
+    async def _attempt(self, active: Active, allocation: Allocation | None) -> tuple[Outcome, errors.Fate]:
+        """How it ended, and what became of its message."""
         outcome = active.state.outcome
         kept: Path | None = None
         experiment = active.experiment
@@ -229,7 +231,7 @@ class Runs:
                 active.state = dataclasses.replace(active.state, outcome=outcome)
                 self._states.save(active.state)
             outcome, kept = await self._deliver(active, outcome, allocation)
-            await self._settle(active, outcome, kept)
+            fate = await self._settle(active, outcome, kept)
         except BaseException:
             # Cancelled (a second signal) or a defect: the next start of the daemon sees to what is left.
             await experiment.abandon()
@@ -237,7 +239,7 @@ class Runs:
         if kept is None and not experiment.undelivered:
             self._states.remove(active.state.run_id)
             await experiment.discard(keep=self._config.paths.keep_runs)
-        return outcome
+        return outcome, fate
 
     async def _deliver(
         self, active: Active, outcome: Outcome, allocation: Allocation | None
@@ -270,7 +272,7 @@ class Runs:
         active.queue.endpoint = exc.endpoint
         self._endpoints.lost(exc.endpoint, lambda: active.experiment.answers(exc.endpoint))
 
-    async def _settle(self, active: Active, outcome: Outcome, kept: Path | None) -> None:
+    async def _settle(self, active: Active, outcome: Outcome, kept: Path | None) -> errors.Fate:
         queue, delivery, digest = active.queue, active.delivery, active.state.digest
         fate = self._fate(active, outcome)
         if not outcome.counts:
@@ -310,9 +312,11 @@ class Runs:
                     if outcome.fate is fate
                     else f"gave up after {active.attempt} attempts: {outcome.text}"
                 )
-                await self.reject(
+                rejected = await self._dead_letter(
                     queue, delivery, reason=outcome.reason, text=text, attempts=active.attempt, results=kept
                 )
+                fate = errors.Fate.REJECT if rejected else errors.Fate.REQUEUE
+        return fate
 
     def _fate(self, active: Active, outcome: Outcome) -> errors.Fate:
         if outcome.fate is errors.Fate.REQUEUE and outcome.counts and active.attempt >= MAX_ATTEMPTS:
@@ -332,9 +336,37 @@ class Runs:
         reason: errors.Reason,
         text: str,
         attempts: int,
-        results: Path | None = None,
+        request: Request | None = None,
     ) -> None:
-        """Dead-letter it, then remove it from its queue. A dead letter that cannot be written keeps the message in its queue."""
+        """Dead-letter what does not run, and tell those who follow it."""
+        if await self._dead_letter(queue, delivery, reason=reason, text=text, attempts=attempts):
+            self.recent.append(
+                {
+                    "run": None,
+                    "experiment": request.key if request is not None else None,
+                    "project": request.project if request is not None else None,
+                }
+                | _ending(
+                    queue=str(queue.ref),
+                    digest=delivery.digest,
+                    attempt=attempts,
+                    outcome=Outcome(status=Status.FAILED, reason=reason, text=text, fate=errors.Fate.REJECT),
+                    fate=errors.Fate.REJECT,
+                    elapsed_secs=0.0,
+                )
+            )
+
+    async def _dead_letter(
+        self,
+        queue: QueueState,
+        delivery: Delivery,
+        *,
+        reason: errors.Reason,
+        text: str,
+        attempts: int,
+        results: Path | None = None,
+    ) -> bool:
+        """Dead-letter it, then remove it from its queue. False: it cannot be written, and the message goes back to its queue."""
         try:
             path = await asyncio.to_thread(
                 self._dead_letters.add,
@@ -354,7 +386,7 @@ class Runs:
                 wait_secs=round(wait),
             )
             await delivery.requeue(wait)
-            return
+            return False
         self._ledger.finish(queue.ledger_key, delivery.digest)
         self._tools.metrics.dead_letter(reason)
         await delivery.reject()
@@ -367,6 +399,7 @@ class Runs:
             attempts=attempts,
             path=str(path),
         )
+        return True
 
     def stop_all(self, reason: errors.Reason, text: str, grace_secs: float) -> None:
         """End every run: TERM, grace, KILL; then each is settled by its own task."""
@@ -386,21 +419,38 @@ class Runs:
         if tasks:
             await asyncio.wait(tasks)
 
-    def _remember(self, active: Active, outcome: Outcome, elapsed_secs: float) -> None:
+    def _remember(self, active: Active, outcome: Outcome, fate: errors.Fate, elapsed_secs: float) -> None:
         self._tools.metrics.experiment_finished(_labels(active), status=outcome.status, reason=outcome.reason)
         self.recent.append(
             active.experiment.summary()
-            | {
-                "queue": str(active.queue.ref),
-                "attempt": active.attempt,
-                "stage": "done",
-                "status": outcome.status,
-                "reason": outcome.reason,
-                "text": outcome.text,
-                "exit_code": outcome.exit_code,
-                "elapsed_secs": round(elapsed_secs, 3),
-            }
+            | _ending(
+                queue=str(active.queue.ref),
+                digest=active.state.digest,
+                attempt=active.attempt,
+                outcome=outcome,
+                fate=fate,
+                elapsed_secs=elapsed_secs,
+            )
         )
+
+
+def _ending(
+    *, queue: str, digest: str, attempt: int, outcome: Outcome, fate: errors.Fate, elapsed_secs: float
+) -> dict[str, Any]:
+    """What `recent` tells of an attempt that is over. Not `final`: its message went back to its queue."""
+    return {
+        "queue": queue,
+        "digest": digest,
+        "attempt": attempt,
+        "stage": "done",
+        "status": outcome.status,
+        "reason": outcome.reason,
+        "text": outcome.text,
+        "exit_code": outcome.exit_code,
+        "fate": fate,
+        "final": fate is not errors.Fate.REQUEUE,
+        "elapsed_secs": round(elapsed_secs, 3),
+    }
 
 
 def _labels(active: Active) -> metrics.Run:
