@@ -437,7 +437,7 @@ async def test_the_claims_of_a_killed_daemon_are_returned_at_once(root, queue, c
     await until(lambda: len([p for p in (root / ".claimed").iterdir() if not p.name.startswith(".")]) == 1)
 
 
-async def test_the_claims_of_another_host_are_returned_when_it_was_silent_for_long(root, queue, consumer):
+async def test_the_claims_of_another_host_are_returned_when_it_was_silent_for_long(root, queue, backend):
     (queue / "a").write_text("1")
     (queue / "b").write_text("2")
     process = await holding(
@@ -447,17 +447,21 @@ async def test_the_claims_of_another_host_are_returned_when_it_was_silent_for_lo
         owner = next(
             p for p in (root / ".claimed").rglob(".owner") if json.loads(p.read_text())["host"] == "elsewhere"
         )
+        consumer = await backend.consumer(
+            backend.ref("local_q")
+        )  # only now: it may take a slow start for silence
         assert {(await take(consumer)).body for _ in range(2)} == {b"1", b"2"}
         assert not owner.exists()
     finally:
         await kill(process)
 
 
-async def test_a_heartbeat_keeps_claims_from_other_hosts(queue, connect, consumer):
-    other = connect(host="elsewhere")
+async def test_a_heartbeat_keeps_claims_from_other_hosts(queue, connect):
+    settings = FileSettings(heartbeat_secs=0.1, stale_secs=4.0, sweep_secs=0.1)
+    here, elsewhere = connect(settings), connect(settings, host="elsewhere")
     (queue / "a").write_text("{}")
-    held = await take(await other.consumer(other.ref("local_q")))
-    await nothing_comes(consumer, 3 * QUICK.stale_secs)
+    held = await take(await elsewhere.consumer(elsewhere.ref("local_q")))
+    await nothing_comes(await here.consumer(here.ref("local_q")), 1.5 * settings.stale_secs)
     assert await held.ack()
 
 
