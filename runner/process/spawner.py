@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 START_SECS = 30.0  #: at most so long until a program runs
 _CLOSE_GRACE_SECS = 3.0  #: between TERM and KILL for what still runs at `Spawner.aclose`
 _CLOSE_SECS = 5.0  #: for the nursery to end by itself
+_FULL_PAUSE_SECS = 0.005  #: until it is tried again; hundreds of starts are queued then
 _ATTEMPTS = 3  #: nurseries that may be killed under one start
 
 # The package is found by the directory it lies in, after the standard library and without site-packages.
@@ -94,14 +95,18 @@ class Spawner:
     async def start(self, command: base.Command) -> Process:
         """Start it; return when its program runs, or cannot: then `Process.wait` tells why in `ProcessExit.error`.
 
-        Cancelling it raises only when what was started has ended. Raises OSError when the output cannot be opened,
-        `errors.ProcessLost` when the supervisor is killed before the program runs.
+        Cancelling it stops what was started, with the command's own grace, and raises only when that has ended. Raises
+        OSError when the output cannot be opened, `errors.ProcessLost` when the supervisor is killed before the program
+        runs, `errors.RunnerError` when the nursery was lost and no other can be started.
         """
+        return await self._start(command, command.grace_secs)
+
+    async def _start(self, command: base.Command, grace_secs: float) -> Process:
         program = command.argv[0]
         for _ in range(_ATTEMPTS):
             try:
                 async with asyncio.timeout(START_SECS):
-                    channel = await self._ask_for(command)
+                    channel = await self._ask_for(command, grace_secs)
             except TimeoutError as exc:
                 raise errors.ProcessLost(f"{program!r} did not start in {START_SECS:.0f} s") from exc
             if channel.pid is not None or channel.exit is not None:
@@ -119,7 +124,7 @@ class Spawner:
         Cancelling it stops the command as well and raises when nothing of it is left; cancelling again kills at once.
         Raises what `start` and `Process.wait` raise.
         """
-        process = await self.start(command)
+        process = await self._start(command, grace_secs)
         try:
             async with asyncio.timeout(timeout_secs):
                 return await process.wait()
@@ -142,12 +147,16 @@ class Spawner:
                 await self._nursery.aclose()
 
     async def _living_nursery(self) -> _Nursery:
-        if self._nursery is None or self._nursery.gone.is_set():
+        if self._nursery is not None and not self._nursery.gone.is_set():
+            return self._nursery
+        for _ in range(_ATTEMPTS):
             self._nursery = _Nursery()
             await self._nursery.ready()
-        return self._nursery
+            if not self._nursery.gone.is_set():
+                return self._nursery
+        raise errors.RunnerError("the parent of all runs cannot be started: it ends at once, again and again")
 
-    async def _ask_for(self, command: base.Command) -> _Channel:
+    async def _ask_for(self, command: base.Command, grace_secs: float) -> _Channel:
         """Have a supervisor forked and give it the command; return when the program runs, or never will."""
         ours, theirs = socket.socketpair()
         channel = _Channel(ours, on_end=self._running.discard)
@@ -164,7 +173,7 @@ class Spawner:
         try:
             await channel.begun.wait()
         except asyncio.CancelledError:
-            await channel.outlast(0, limit_secs=START_SECS)
+            await channel.outlast(grace_secs, limit_secs=grace_secs + START_SECS)
             raise
         return channel
 
@@ -280,31 +289,28 @@ class _Nursery:
             )
 
     async def ready(self) -> None:
-        """Wait until it can be asked. Raises `errors.RunnerError` when it ends instead."""
+        """Wait until it can be asked, or is `gone`."""
         try:
             hello = await self._loop.sock_recv(self._control, 1)
         except BaseException:
             self._program.kill()
             self._bury()
             raise
-        if not hello:
-            self._bury()
-            raise errors.RunnerError(
-                f"the parent of all runs cannot be started: exit code {self._program.returncode}"
-            )
-        self._loop.add_reader(self._control, self._ended)
+        if hello:
+            self._loop.add_reader(self._control, self._ended)
+        else:
+            self._ended()
 
     async def send(self, channel: int, output: int) -> None:
         """Ask for a supervisor. A nursery that ends meanwhile drops the channel, which tells as much."""
-        while True:
+        while not self.gone.is_set():
             try:
                 socket.send_fds(self._control, [b"r"], [channel, output])
                 return
             except BlockingIOError:
-                await self._writable()
+                await asyncio.sleep(_FULL_PAUSE_SECS)
             except (BrokenPipeError, ConnectionResetError):
                 self._ended()
-                return
 
     async def aclose(self) -> None:
         """Let it end, and see that it does. Idempotent."""
@@ -320,14 +326,6 @@ class _Nursery:
             log.warning("nursery killed", pid=self._program.pid)
             self._program.kill()
             await self.gone.wait()
-
-    async def _writable(self) -> None:
-        writable = asyncio.Event()
-        self._loop.add_writer(self._control, writable.set)
-        try:
-            await writable.wait()
-        finally:
-            self._loop.remove_writer(self._control)
 
     def _ended(self) -> None:
         self._bury()

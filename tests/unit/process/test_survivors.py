@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from runner import errors
+from runner.process import tree
 from tests.unit.process import standin, tools
 
 if TYPE_CHECKING:
@@ -88,15 +90,30 @@ async def test_kill_of_a_supervisor_loses_the_run_and_nothing_of_it_lives_on(
 ) -> None:
     process = await starter.start(bench.shell(tools.STRAY * 2 + HARD))
     await bench.until_text("ready")
-    other = await starter.start(bench.shell("sleep 0.5; exit 6", env={"PATH": tools.PATH}))
+    other = await starter.start(
+        bench.shell("while [ ! -e go ]; do sleep 0.05; done; exit 6", env={"PATH": tools.PATH})
+    )
     assert process.supervisor_pid is not None
     os.kill(process.supervisor_pid, signal.SIGKILL)
     for ending in (process.wait(), process.stop(60)):
         with pytest.raises(errors.ProcessLost):
             await ending
         assert not bench.alive()  # already, when it is raised
+    (bench.directory / "go").touch()
     assert (await other.wait()).code == 6
     assert (await starter.run(bench.command("true"))).ok
+
+
+async def test_the_workload_dies_with_its_supervisor_also_without_a_nursery(
+    bench: Bench, starter: Spawner
+) -> None:
+    process = await starter.start(bench.shell(HARD))
+    await bench.until_text("ready")
+    for pid in (tools.nursery_of(starter), process.supervisor_pid or 0):
+        os.kill(pid, signal.SIGKILL)
+    with pytest.raises(errors.ProcessLost):
+        await process.wait()
+    await tools.until(lambda: not tools.exists(process.pid or 0))
 
 
 async def test_kill_of_a_supervisor_under_a_run_that_is_cancelled(bench: Bench, starter: Spawner) -> None:
@@ -147,7 +164,7 @@ async def test_starts_succeed_while_nurseries_are_killed(bench: Bench, starter: 
 async def test_kill_of_the_next_supervisor_goes_unnoticed(bench: Bench, starter: Spawner) -> None:
     for _ in range(5):
         nursery = tools.nursery_of(starter)
-        for entry in tools.tree.descendants(nursery):
+        for entry in tree.descendants(nursery):
             os.kill(entry.pid, signal.SIGKILL)
         assert (await starter.run(bench.command("true"))).ok
 
@@ -164,7 +181,7 @@ async def test_the_nursery_stays_for_the_orphans_of_its_dead_daemon(bench: Bench
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="the other tests have shown it")
-async def test_it_works_for_users_who_are_not_root(bench: Bench) -> None:
+async def test_it_works_for_users_who_are_not_root() -> None:
     python = shutil.which("python3", path=tools.PATH)
     nobody = pwd.getpwnam("nobody")
     modules = {
@@ -178,15 +195,15 @@ async def test_it_works_for_users_who_are_not_root(bench: Bench) -> None:
         or subprocess.run([python, "-c", probe], env=modules, user="nobody", check=False).returncode != 0
     ):
         pytest.skip("no interpreter that nobody may use")
-    for directory in (bench.directory, *bench.directory.parents[:2]):
-        directory.chmod(0o755)
-    os.chown(bench.directory, nobody.pw_uid, nobody.pw_gid)
-    async with daemon(bench.shell(tools.STRAY + HARD), python=python, env=modules, user="nobody") as (
-        pid,
-        ids,
-    ):
-        await bench.until_text("ready")
-        assert tools.status(ids["workloads"][0], "Uid").split()[0] == str(nobody.pw_uid)
-        os.kill(pid, signal.SIGKILL)
-        ours = {ids["nursery"], *ids["supervisors"]}
-        assert await tools.until(lambda: not bench.alive() | tools.existing(ours)) < 5
+    with tempfile.TemporaryDirectory() as directory:  # pytest's are for its own user only
+        os.chown(directory, nobody.pw_uid, nobody.pw_gid)
+        theirs = tools.Bench(Path(directory))
+        async with daemon(theirs.shell(tools.STRAY + HARD), python=python, env=modules, user="nobody") as (
+            pid,
+            ids,
+        ):
+            await theirs.until_text("ready")
+            assert tools.status(ids["workloads"][0], "Uid").split()[0] == str(nobody.pw_uid)
+            os.kill(pid, signal.SIGKILL)
+            ours = {ids["nursery"], *ids["supervisors"]}
+            assert await tools.until(lambda: not theirs.alive() | tools.existing(ours)) < 5
