@@ -136,12 +136,22 @@ class Spawner:
             raise
 
     async def aclose(self) -> None:
-        """End everything that still runs (TERM, 3 seconds, KILL), then the nursery. Idempotent."""
+        """End everything that still runs (TERM, 3 seconds, KILL), then the nursery. Idempotent.
+
+        What cannot be killed is left to its supervisor after some seconds; those who wait for it see it lost.
+        """
         running = list(self._running)
         for channel in running:
             channel.stop(_CLOSE_GRACE_SECS)
-        for channel in running:
-            await channel.ended.wait()
+        try:
+            async with asyncio.timeout(_CLOSE_GRACE_SECS + _CLOSE_SECS):
+                for channel in running:
+                    await channel.ended.wait()
+        except TimeoutError:
+            left = [channel.supervisor_pid for channel in running if not channel.ended.is_set()]
+            for channel in running:
+                channel.close()
+            log.warning("processes left behind", supervisors=left)
         async with self._lock:
             if self._nursery is not None:
                 await self._nursery.aclose()

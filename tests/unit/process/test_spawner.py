@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import stat
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from runner import errors
 from runner.process import tree
 from tests.unit.process import tools
 
@@ -353,3 +355,20 @@ async def test_closing_ends_what_still_runs(bench: Bench) -> None:
     assert not bench.alive()
     assert tree.look(nursery) is None
     await starter.aclose()
+
+
+async def test_closing_has_a_limit(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    from runner.process import spawner
+
+    monkeypatch.setattr(spawner, "_CLOSE_GRACE_SECS", 0.1)
+    monkeypatch.setattr(spawner, "_CLOSE_SECS", 0.2)
+    starter = spawner.Spawner()
+    process = await starter.start(bench.shell("sleep 600"))
+    os.kill(
+        process.supervisor_pid or 0, signal.SIGSTOP
+    )  # it cannot end anything, as if the workload were unkillable
+    await asyncio.wait_for(starter.aclose(), 30)
+    with pytest.raises(errors.ProcessLost):
+        await process.wait()
+    os.kill(process.supervisor_pid or 0, signal.SIGCONT)
+    await tools.until(lambda: not bench.alive())
