@@ -16,7 +16,7 @@ import structlog
 from runner import errors
 from runner.storage import archive
 from runner.storage.base import Location, ObjectInfo, ObjectStore, ObjectStream
-from runner.storage.cache import ArtifactCache, identity
+from runner.storage.cache import ArtifactCache, _remove, identity
 from tests.unit.storage import hostile
 
 LIMIT_SECS = 30
@@ -275,6 +275,15 @@ def test_eviction_on_demand(cache, tmp_path):
     assert len(files(tmp_path / "cache")) == 1
     assert cache.evict(10**12) == 1000
     assert cache.evict(1) == 0
+
+
+def test_an_entry_used_since_eviction_looked_is_kept(cache, tmp_path):
+    store = Store(a=b"a" * 100)
+    read(cache, store, "a")
+    entry = next((tmp_path / "cache").iterdir())
+    used_ns = entry.stat().st_mtime_ns
+    assert _remove(entry, used_ns - 1) == 0
+    assert _remove(entry, used_ns) == 100
 
 
 def test_files_of_others_in_the_directory_are_left_alone(tmp_path):

@@ -112,8 +112,8 @@ REFUSED = {
     "huge size": (tar(header("f", raw_size=b"\x80" + b"\xff" * 11)), "larger"),
     "huge pax size": (tar(pax({"size": "9" * 19}), entry("f", b"x")), "larger"),
     "absurd pax size": (tar(pax({"size": "9" * 5000}), entry("f", b"x")), "not a number"),
-    "huge pax header": (header("p", b"x", 1 << 30), "extended header"),
-    "huge long name": (header("p", b"L", 1 << 30), "extended header"),
+    "huge pax header": (header("p", b"x", 1 << 30), "extended header of more"),
+    "huge long name": (header("p", b"L", 1 << 30), "extended header of more"),
     "chain of headers": (tar(*[long_name("x")] * 3000, entry("f")), "too many extended"),
     "global headers add up": (
         tar(*[entry("ok") + pax({f"k{n}": "v" * 90_000}, b"g") for n in range(20)]),
