@@ -417,3 +417,10 @@ def test_locks_end_with_the_reading(cache, tmp_path):
     read(cache, store, "a")
     with (tmp_path / "cache" / files(tmp_path / "cache")[0]).open() as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_download_that_stopped_early_leaves_nothing(cache, tmp_path):
+    store = Store(a=b"x" * 500)
+    with cache.open(store, location("a"), store.stat("a")) as stream:
+        stream.read(100)
+    assert files(tmp_path / "cache") == []
