@@ -15,7 +15,14 @@ import structlog
 from pika import exceptions
 
 from runner import errors
-from runner.queues import base, rabbitmq_channels, rabbitmq_connection, rabbitmq_consumer, rabbitmq_management
+from runner.queues import (
+    base,
+    rabbitmq_channels,
+    rabbitmq_connection,
+    rabbitmq_consumer,
+    rabbitmq_management,
+    rabbitmq_publishing,
+)
 
 log = structlog.get_logger(__name__)
 
@@ -49,7 +56,7 @@ class RabbitmqBackend(base.QueueBackend):
         self._lane = rabbitmq_connection.Lane(f"rabbitmq {host}")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._consuming: dict[str, rabbitmq_connection.Link] = {}
-        self._publishing: dict[str, rabbitmq_channels.Publisher] = {}
+        self._publishing: dict[str, rabbitmq_publishing.Publisher] = {}
         self._consumers: set[rabbitmq_consumer.RabbitmqConsumer] = set()
         self._durable: dict[base.QueueRef, bool] = {}
         self._learning: set[asyncio.Task[None]] = set()
@@ -116,7 +123,7 @@ class RabbitmqBackend(base.QueueBackend):
             await self._learn(queue)
         vhost = queue.vhost or self._parameters.virtual_host
         if vhost not in self._publishing:
-            self._publishing[vhost] = rabbitmq_channels.Publisher(self._link(vhost, "publish"))
+            self._publishing[vhost] = rabbitmq_publishing.Publisher(self._link(vhost, "publish"))
         publisher = self._publishing[vhost]
         routes = [
             (rabbitmq_management.EXCHANGE, rabbitmq_management.KEY_PREFIX + queue.name),

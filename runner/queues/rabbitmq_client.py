@@ -14,6 +14,7 @@ from runner.queues import base, rabbitmq, rabbitmq_connection, rabbitmq_manageme
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+PRECONDITION_FAILED = 406  #: AMQP's reply code
 BLOCKED_SECS = 30.0  #: how long a broker that is out of memory or disk may keep us waiting
 
 
@@ -61,6 +62,23 @@ class RabbitmqPublisher:
             )
             with self._channel() as channel:
                 channel.queue_bind(queue, exchange, key)
+
+    def is_durable(self, queue: str) -> bool:
+        """Whether an existing queue survives the broker: messages in it should then do so too. Declares nothing new.
+
+        AMQP has no question for it: declaring the queue as a durable one is refused when it is none.
+        """
+        with self._translated():
+            try:
+                with self._channel() as channel:
+                    channel.queue_declare(queue, passive=True)
+                    channel.queue_declare(queue, durable=True)
+            except exceptions.ChannelClosedByBroker as error:
+                # Other arguments of its own (a quorum queue's type) are objected to only when durability agrees.
+                if error.reply_code != PRECONDITION_FAILED:
+                    raise
+                return "inequivalent arg 'durable'" not in error.reply_text
+        return True
 
     def publish(self, queue: str, body: bytes, *, durable: bool) -> None:
         """Publish as the real client does, confirmed; the message survives the broker iff `durable`.

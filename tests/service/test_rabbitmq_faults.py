@@ -4,72 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import subprocess
 import time
-import uuid
 from typing import TYPE_CHECKING
 
 import pytest
 
 from runner import errors
 from runner.queues import base, rabbitmq_connection
-from runner.queues.rabbitmq import RabbitmqBackend
-from tests.servers.proxy import Proxy, proxy
 from tests.servers.rabbitmq import free_ports, rabbitmq_server
+from tests.service.rabbitmq_kit import LIMIT, consuming, name, opened, ref, take, through, until, wire
 
 if TYPE_CHECKING:
     import pathlib
-    from collections.abc import AsyncIterator, Callable, Iterator
 
+    from tests.servers.proxy import Proxy
     from tests.servers.rabbitmq import RabbitmqServer
 
+__all__ = ["name", "wire"]  # fixtures
+
 pytestmark = pytest.mark.service
-
-LIMIT = 60.0
-
-
-@contextlib.asynccontextmanager
-async def opened(url: str, management_url: str | None) -> AsyncIterator[RabbitmqBackend]:
-    backend = RabbitmqBackend(url, management_url)
-    await backend.open()
-    try:
-        yield backend
-    finally:
-        await backend.aclose()
-
-
-@pytest.fixture
-def name() -> str:
-    return f"rmq_{uuid.uuid4().hex[:12]}"
-
-
-@pytest.fixture
-def wire(rabbitmq: RabbitmqServer) -> Iterator[Proxy]:
-    with proxy(rabbitmq.host, rabbitmq.port) as one:
-        yield one
-
-
-def through(wire: Proxy, query: str = "") -> str:
-    return f"amqp://guest:guest@127.0.0.1:{wire.port}/{query}"
-
-
-def ref(backend: RabbitmqBackend, name: str) -> base.QueueRef:
-    return base.QueueRef(account=backend.account, name=name, vhost="/")
-
-
-async def take(consumer: base.Consumer) -> base.Delivery:
-    return await asyncio.wait_for(consumer.next(), LIMIT)
-
-
-async def until(claim: Callable[[], bool]) -> None:
-    async with asyncio.timeout(LIMIT):
-        while not await asyncio.to_thread(claim):
-            await asyncio.sleep(0.05)
-
-
-async def consuming(server: RabbitmqServer, name: str) -> None:
-    await until(functools.partial(lambda name: server.consumers(name) == 1, name))
 
 
 async def test_a_cut_loses_the_hold_and_consumption_comes_back(
