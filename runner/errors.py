@@ -32,7 +32,9 @@ class Fate(enum.Enum):
 
     ACK = "ack"  #: its outcome is durable; the broker may forget it
     REQUEUE = "requeue"  #: someone may try again
-    REJECT = "reject"  #: never again: a copy with the reason goes to the dead letters, then it is acknowledged
+    REJECT = (
+        "reject"  #: never again: a copy with the reason goes to the dead letters, then it is acknowledged
+    )
 
 
 class Reason(enum.StrEnum):

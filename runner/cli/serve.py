@@ -34,6 +34,9 @@ async def run_daemon(options: config.Config) -> int:
     from runner.cli.parts import parts
     from runner.daemon.service import Service
 
+    if options.queues.root == options.paths.working_dir / "queue":
+        # The embedded default. A root that the operator names must be there: it may be a file system that is not mounted.
+        options.queues.root.mkdir(parents=True, exist_ok=True)
     return await Service(options, parts(options)).run()
 
 

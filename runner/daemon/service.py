@@ -15,6 +15,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import os
+import shutil
 import socket
 import time
 from typing import TYPE_CHECKING
@@ -125,6 +126,7 @@ class Service:
                 stack.callback(ledger.close)
                 states = runstate.RunStates(state_dir / "runs")
                 undelivered, interrupted = await asyncio.to_thread(runstate.sweep, states, runs_dir)
+                self._temporary_cache(stack)
                 spawner = Spawner()
                 await spawner.open()
                 stack.push_async_callback(spawner.aclose)
@@ -159,6 +161,13 @@ class Service:
                     await backend.open()
                     stack.push_async_callback(backend.aclose)
                 return await self._serve(catalog, dispatcher, runs, Interrupted(tools, states, interrupted))
+
+    def _temporary_cache(self, stack: contextlib.AsyncExitStack) -> None:
+        """--cache-create: the directory is made now and removed at exit, unless it was there before."""
+        cache = self._config.cache
+        if cache.temporary and cache.directory is not None and not cache.directory.exists():
+            private_directory(cache.directory, "--cache-dir")
+            stack.callback(shutil.rmtree, cache.directory, ignore_errors=True)
 
     def _tools(self, spawner: Spawner) -> Tools:
         volume = self._config.paths.working_dir
@@ -221,6 +230,10 @@ class Service:
             queue_match=self._config.queues.match.pattern,
             start_secs=round(time.monotonic() - self._began, 3),
         )
+        if not self._config.machine.cpu_only:
+            log.warning(
+                "no GPU is used: experiments that ask for one are left to other hosts; --cpu-only says it is meant so"
+            )
         self._notifier.ready("serving")
         try:
             await self._first(self.stop.drain.wait(), *sides)

@@ -19,6 +19,7 @@ from runner.storage.location import locate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+
     from runner.experiment.tools import Tools
     from runner.experiment.workspace import Workspace
     from runner.request.model import Artifact, Request

@@ -18,7 +18,9 @@ class Command:
     env: Mapping[str, str]  #: the complete environment: nothing is inherited
     cwd: Path
     output: Path  #: stdout and stderr are appended here; made (0600) when missing. stdin is /dev/null
-    grace_secs: float = 10.0  #: between TERM and KILL when the daemon vanishes, bounded to 3 by the supervisor
+    grace_secs: float = (
+        10.0  #: between TERM and KILL when the daemon vanishes, bounded to 3 by the supervisor
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

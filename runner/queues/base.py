@@ -72,7 +72,8 @@ class Delivery(abc.ABC):
         self.attempts = attempts  #: attempts that travelled with the message (a lease's header), 0 if none
         self.headers = dict(headers or {})
         self.lost = asyncio.Event()  #: set, in the daemon's loop, when the hold is gone
-        self.digest = hashlib.sha256(body).hexdigest()  #: with `queue`, the identity of the message (DESIGN.md 5.3)
+        #: With `queue`, the identity of the message (DESIGN.md 5.3).
+        self.digest = hashlib.sha256(body).hexdigest()
 
     @abc.abstractmethod
     async def ack(self) -> bool:

@@ -101,8 +101,9 @@ class ObjectStore(abc.ABC):
 
     @abc.abstractmethod
     def put(self, key: str, source: BinaryIO, size: int) -> None:
-        """Store `size` bytes of `source`, read from where it stands, at `key`: one atomic operation, no partial object is
-        ever seen. `source` is seekable (a retry rewinds to where it stood). Raises as `stat`.
+        """Store `size` bytes of `source`, from where it stands, in one atomic operation: no partial object is ever seen.
+
+        `source` is seekable: a retry rewinds to where it stood. Raises as `stat`.
         """
 
     @abc.abstractmethod
