@@ -7,4 +7,5 @@ pytest_plugins = [
     "tests.servers.faulty_http",
     "tests.servers.rabbitmq",
     "tests.servers.seaweedfs",
+    "tests.servers.studioml_client",
 ]

@@ -1,0 +1,156 @@
+"""The real StudioML client, in a virtual environment of its own (tools/client_env.py), with a home directory of its own.
+
+Listed in `pytest_plugins` of tests/conftest.py. A test takes `studioml` and calls it::
+
+    client = studioml(tmp_path, rabbitmq, seaweedfs, bucket)
+    client.submit(workspace, "--queue=rmq_x", "--experiment=one", "script.py", "--arg", "two words")
+    client.python("from studio ... import ...; print(...)")            # a program in the client's environment
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.servers.seaweedfs import ADMIN
+
+if TYPE_CHECKING:
+    from tests.servers.rabbitmq import RabbitmqServer
+    from tests.servers.seaweedfs import SeaweedFs
+
+CHECKOUT = pathlib.Path(__file__).resolve().parents[2]
+MAKER = CHECKOUT / "tools" / "client_env.py"
+NO_PYTHON = 3
+#: How long one command of the client may take: it imports half a cloud, and other tests may share the machine.
+PATIENCE_SECS = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class StudiomlClient:
+    """An experimenter's account: a home directory, a configuration, and the client."""
+
+    interpreter: pathlib.Path
+    home: pathlib.Path
+    config: pathlib.Path
+
+    def submit(self, workspace: pathlib.Path, *arguments: str) -> str:
+        """`studio-run` in a workspace; what it printed. Returns when the broker has confirmed the message."""
+        return self._run(["studio-run", f"--config={self.config}", *arguments], cwd=workspace)
+
+    def python(self, program: str, *arguments: str) -> Any:
+        """Runs a program in the client's environment, in the home directory; the last line it prints, as JSON."""
+        printed = self._run(["python", "-c", program, *arguments], cwd=self.home)
+        return json.loads(printed.splitlines()[-1])
+
+    def start(self, program: str, *arguments: str) -> subprocess.Popen[str]:
+        """As `python`, without waiting."""
+        argv = [str(self.interpreter), "-c", program, *arguments]
+        return subprocess.Popen(
+            argv, cwd=self.home, env=self._env(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    def fetch(self, key: str, *tags: str) -> dict[str, Any]:
+        """`{tag: {name: text}}`, or `{tag: text}` of a single file: results as the client's own code gets them from its storage."""
+        found: dict[str, Any] = self.python(FETCH, str(self.config), key, *tags)
+        return found
+
+    def _env(self) -> dict[str, str]:
+        return {
+            "PATH": f"{self.interpreter.parent}{os.pathsep}{os.defpath}{os.pathsep}/usr/local/bin",
+            "HOME": str(self.home),
+            "TMPDIR": str(self.home),
+            "LANG": "C.UTF-8",
+            "GIT_CEILING_DIRECTORIES": "/",  # a workspace is no repository, wherever the tests' directory is
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+
+    def _run(self, argv: list[str], cwd: pathlib.Path) -> str:
+        argv = [str(self.interpreter.parent / argv[0]), *argv[1:]]
+        ended = subprocess.run(
+            argv, cwd=cwd, env=self._env(), capture_output=True, text=True, timeout=PATIENCE_SECS, check=False
+        )
+        assert ended.returncode == 0, f"{argv} ended with {ended.returncode}:\n{ended.stdout}\n{ended.stderr}"
+        return ended.stdout
+
+
+#: The client's database, its Artifact class and its untar: what `studio` itself reads results with. A directory of its own
+#: for each, since the client takes a local copy for the newer one.
+FETCH = """
+import json, os, sys, tempfile
+from studio import model
+config, key, *tags = sys.argv[1:]
+db = model.get_db_provider(model.get_config(config))
+artifacts = db.get_experiment(key, getinfo=False).artifacts
+found = {}
+for tag in tags:
+    place = db.get_artifact(artifacts[tag], local_path=os.path.join(tempfile.mkdtemp(), tag), only_newer=False)
+    if place is None:
+        found[tag] = None
+    elif os.path.isdir(place):
+        names = [os.path.join(where, name) for where, _, files in os.walk(place) for name in files]
+        found[tag] = {os.path.relpath(name, place): open(name, errors="replace").read() for name in names}
+    else:
+        found[tag] = open(place, errors="replace").read()
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="session")
+def client_interpreter() -> pathlib.Path:
+    """The Python of the client's environment, made at the first use on a machine."""
+    ended = subprocess.run([sys.executable, str(MAKER)], capture_output=True, text=True, check=False)
+    if ended.returncode == NO_PYTHON and os.environ.get("CI") != "true":
+        pytest.skip(ended.stderr.strip())
+    assert ended.returncode == 0, ended.stderr
+    return pathlib.Path(ended.stdout.strip())
+
+
+@pytest.fixture(scope="session")
+def client_environments() -> pathlib.Path:
+    """The runner's cache of environments for the client's messages, kept from one test run to the next.
+
+    Each of them names all packages of the client's environment: some ten seconds to build.
+    """
+    folder = CHECKOUT / ".test-venvs" / "env-cache"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder
+
+
+def account(
+    interpreter: pathlib.Path,
+    home: pathlib.Path,
+    rabbitmq: RabbitmqServer,
+    seaweedfs: SeaweedFs,
+    bucket: str,
+    **changes: Any,
+) -> StudiomlClient:
+    """An experimenter whose results go to `bucket`; `changes` are members of the configuration."""
+    home.mkdir(parents=True, exist_ok=True)
+    seaweedfs.make_bucket(bucket)
+    credentials = {"aws": {"access_key": ADMIN.access_key, "secret_access_key": ADMIN.secret_key}}
+    storage = {"type": "s3", "endpoint": f"http://{seaweedfs.endpoint}", "bucket": bucket}
+    storage |= {"credentials": credentials}
+    broker = rabbitmq.url(query="?connection_attempts=3&retry_delay=.5&socket_timeout=5")
+    config = {
+        "database": storage | {"authentication": "none"},
+        "storage": storage,
+        "cloud": {"queue": {"rmq": broker}},
+        "verbose": "error",
+        "saveMetricsFrequency": "1m",
+        "saveWorkspaceFrequency": "1m",
+        "experimentLifetime": "30m",
+        "sleep_time": 1,
+        "env": {},
+        "resources_needed": {"cpus": 1, "gpus": 0, "hdd": "1gb", "ram": "1gb"},
+    }
+    path = home / f"config-{time.monotonic_ns()}.yaml"
+    path.write_text(json.dumps(config | changes))  # JSON is YAML
+    return StudiomlClient(interpreter, home, path)
