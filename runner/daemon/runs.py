@@ -447,7 +447,7 @@ def _ending(
         "reason": outcome.reason,
         "text": outcome.text,
         "exit_code": outcome.exit_code,
-        "fate": fate,
+        "fate": fate.value,
         "final": fate is not errors.Fate.REQUEUE,
         "elapsed_secs": round(elapsed_secs, 3),
     }
