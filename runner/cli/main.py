@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 #: Verb -> the module whose `add_to(app)` adds it. `serve` is not among them: see `main`.
 VERBS: dict[str, str] = {
+    "submit": "runner.cli.submit",
     "version": "runner.cli.version",
 }
 #: `runner ARGS` is `studio-runner serve ARGS`, for drop-in use.

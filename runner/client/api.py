@@ -1,0 +1,80 @@
+"""The HTTP port of a daemon, as its clients see it (DESIGN.md 5.10)."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import http.client
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from runner import errors
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+#: Where a daemon writes down where it answers, in its working directory.
+ADDRESS_FILE = "studio-runner.json"
+_TIMEOUT_SECS = 10.0
+
+
+class Away(errors.RunnerError):
+    """No daemon answers. It may be starting again."""
+
+
+class Missing(errors.RunnerError):
+    """The daemon knows no such thing."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Daemon:
+    """A daemon, by its address or by its working directory: then it is found again after a restart."""
+
+    address: str = ""  #: host:port
+    working_dir: Path | None = None
+    token: str | None = dataclasses.field(default=None, repr=False)
+
+    def where(self) -> str:
+        """host:port. Raises `Away` when nobody has written down one."""
+        if self.address:
+            return self.address.removeprefix("http://").rstrip("/")
+        if self.working_dir is not None:
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                return str(orjson.loads((self.working_dir / ADDRESS_FILE).read_bytes())["address"])
+        raise Away(f"no daemon works in {self.working_dir}")
+
+    def get(self, path: str) -> bytes:
+        """What it answers. Blocking, for some seconds at the most.
+
+        Raises:
+            Away: it does not answer, or not like a daemon.
+            Missing: there is no such page.
+            errors.UsageError: it wants a token, or another one.
+        """
+        where = self.where()
+        try:
+            connection = http.client.HTTPConnection(where, timeout=_TIMEOUT_SECS)
+            with contextlib.closing(connection):
+                headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
+                connection.request("GET", path, headers=headers)
+                answer = connection.getresponse()
+                content = answer.read()
+        except (OSError, http.client.HTTPException) as exc:
+            raise Away(f"the daemon at {where} does not answer: {exc}") from exc
+        match answer.status:
+            case 200:
+                return content
+            case 401 | 403:
+                raise errors.UsageError(f"the daemon at {where} wants a token: --token, or HTTP_TOKEN")
+            case 404:
+                raise Missing(f"the daemon at {where} has no {path}")
+            case status:
+                raise Away(f"the daemon at {where} answers with status {status}")
+
+    def get_json(self, path: str) -> Any:
+        """The same, parsed."""
+        try:
+            return orjson.loads(self.get(path))
+        except orjson.JSONDecodeError as exc:
+            raise Away(f"what answers at {self.where()} is no daemon") from exc
