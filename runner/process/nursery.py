@@ -108,10 +108,7 @@ class Nursery:
             kernel.set_name("runner-run")
             self._wakeup.close()
             self._control.close()
-            for fd in (
-                *self._channels.values(),
-                *self._lost,
-            ):  # or the ends of other runs would not be noticed
+            for fd in (*self._channels.values(), *self._lost):  # held here, their ends would go unnoticed
                 os.close(fd)
             spare = supervisor.Supervisor()
             packet, fds, _, _ = socket.recv_fds(handle, 1, 2)

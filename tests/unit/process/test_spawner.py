@@ -69,11 +69,7 @@ print(json.dumps({
     "session": os.getsid(0) == os.getpid() == os.getpgrp(),
 }))
 """
-    await starter.run(
-        bench.command("/usr/bin/python3", "-c", script)
-        if Path("/usr/bin/python3").exists()
-        else bench.python(script)
-    )
+    await starter.run(bench.python(script))
     told = json.loads(bench.text())
     python_ignores = (1 << 12) | (1 << 24)  # SIGPIPE and SIGXFSZ, by the interpreter that tells
     assert told == {
