@@ -21,6 +21,7 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import SGDClassifier
 from sklearn.metrics import log_loss
 from sklearn.model_selection import train_test_split
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 
@@ -29,9 +30,11 @@ def tell(**values: object) -> None:
     print(json.dumps({"experiment": values}), flush=True)
 
 
-def train(epochs: int, rate: float, pause: float) -> tuple[SGDClassifier, list[float], list[float]]:
+def train(epochs: int, rate: float, pause: float) -> tuple[Pipeline, list[float], list[float]]:
     digits = load_digits()
-    inputs, tests, labels, truth = train_test_split(digits.data, digits.target, test_size=0.25, random_state=1)
+    inputs, tests, labels, truth = train_test_split(
+        digits.data, digits.target, test_size=0.25, random_state=1
+    )
     scaler = StandardScaler().fit(inputs)
     inputs, tests = scaler.transform(inputs), scaler.transform(tests)
     model = SGDClassifier(loss="log_loss", learning_rate="constant", eta0=rate, random_state=1)
@@ -44,7 +47,7 @@ def train(epochs: int, rate: float, pause: float) -> tuple[SGDClassifier, list[f
         print(f"epoch {epoch:2d}  loss {losses[-1]:.4f}  accuracy {accuracies[-1]:.4f}")
         tell(epoch=epoch, loss=round(losses[-1], 4), accuracy=round(accuracies[-1], 4))
         time.sleep(pause)
-    return model, losses, accuracies
+    return make_pipeline(scaler, model), losses, accuracies
 
 
 def plot(losses: list[float], accuracies: list[float], path: Path) -> None:
@@ -62,7 +65,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--rate", type=float, default=0.001)
-    parser.add_argument("--pause", type=float, default=0.25, help="seconds between epochs, so that there is something to watch")
+    parser.add_argument(
+        "--pause",
+        type=float,
+        default=0.25,
+        help="seconds between epochs, so that there is something to watch",
+    )
     options = parser.parse_args()
     tell(name="digits", rate=options.rate, epochs=options.epochs)
     model, losses, accuracies = train(options.epochs, options.rate, options.pause)

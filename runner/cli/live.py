@@ -81,8 +81,8 @@ class Live(show.Show):
             case Stage():
                 self._finish_stage()
                 self._stage, self._stage_began = event, time.monotonic()
-            case Metric(values=values):
-                self._metrics = show.metrics(values)
+            case Metric(latest=latest):
+                self._metrics = show.metrics(latest) or self._metrics
             case End():
                 self._end(event)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 import orjson
 
 from runner.client.follow import End, Event, Metric, Output, Stage
-from runner.units import format_bytes, format_duration
+from runner.units import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -156,7 +156,7 @@ def summary(end: End) -> str:
 
 
 def metrics(values: dict[str, Any]) -> str:
-    """The scalars of what a workload told, on one line."""
+    """The scalars of what a workload told, on one line; empty when there are none."""
     return "  ".join(
         f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
         for name, value in values.items()
@@ -166,4 +166,5 @@ def metrics(values: dict[str, Any]) -> str:
 
 def clock(since: float) -> str:
     """The time since then (monotonic)."""
-    return format_duration(round(time.monotonic() - since, 1))
+    secs = time.monotonic() - since
+    return f"{secs:.1f} s" if secs < 60 else f"{secs // 60:.0f} min {secs % 60:02.0f} s"  # noqa: PLR2004 - a minute

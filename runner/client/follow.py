@@ -40,9 +40,10 @@ class Output:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Metric:
-    """It told this of itself: the `experiment` of its document so far."""
+    """It told something of itself."""
 
-    values: dict[str, Any]
+    latest: dict[str, Any]  #: by its last line
+    values: dict[str, Any]  #: by all of them: the `experiment` of its document so far
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,9 +118,9 @@ class _Follower:
 
     def scraped(self, data: bytes) -> Metric | None:
         """What its lines tell, by the rules of the document; patches are left to the runner."""
-        changed = False
+        latest = None
         for directive in self._scraper.feed(data):
             if isinstance(directive, dict) and isinstance(directive.get("experiment"), dict):
-                merge.merged(self._told, directive["experiment"])
-                changed = True
-        return Metric(values=dict(self._told)) if changed else None
+                latest = directive["experiment"]
+                merge.merged(self._told, latest)
+        return None if latest is None else Metric(latest=latest, values=dict(self._told))

@@ -44,6 +44,7 @@ class Ending:
     text: str
     exit_code: int | None
     attempt: int = 1
+    accession: str | None = None  #: names the attempt and its objects; None when it never ran
 
     @property
     def code(self) -> int:
@@ -129,6 +130,7 @@ def _recent(record: Mapping[str, Any]) -> Seen:
         text=record["text"],
         exit_code=record["exit_code"],
         attempt=attempt,
+        accession=record.get("accession"),
     )
     return Seen(stage="done", attempt=attempt, accession=record.get("accession"), ending=ending)
 
@@ -269,5 +271,6 @@ def _stored(document: Mapping[str, Any], accession: str) -> Seen:
         text=f"{status}: {reason}" + (f", exit code {exit_code}" if exit_code is not None else ""),
         exit_code=exit_code,
         attempt=attempt,
+        accession=accession,
     )
     return Seen(stage="done", attempt=attempt, accession=accession, ending=ending)
