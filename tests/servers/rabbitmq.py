@@ -100,8 +100,10 @@ class RabbitmqServer:
 
     def _answers(self) -> bool:
         try:
-            self.connect().close()
-            return self.api("GET", "/api/overview")[0] == http.HTTPStatus.OK
+            if self.api("GET", "/api/overview")[0] != http.HTTPStatus.OK:
+                return False
+            self.connect().close()  # asked last: pika logs each failure at length
+            return True
         except (exceptions.AMQPError, OSError, http.client.HTTPException):
             return False
 

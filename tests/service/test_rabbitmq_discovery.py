@@ -6,10 +6,11 @@ import asyncio
 import time
 from typing import TYPE_CHECKING
 
+import pika
 import pytest
 
 from runner import errors
-from runner.queues import base
+from runner.queues import base, rabbitmq_connection
 from runner.queues.rabbitmq import RabbitmqBackend
 from tests.servers.proxy import proxy
 from tests.service.rabbitmq_kit import LIMIT, backend, name, opened, ref, take, wire
@@ -92,6 +93,7 @@ async def test_a_wrong_password_is_said_and_tried_again(
     rabbitmq: RabbitmqServer, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("runner.queues.rabbitmq.PUBLISH_SECS", 3.0)
+    monkeypatch.setattr("runner.queues.rabbitmq_connection.REFUSED_DELAY_SECS", 3.0)
     rabbitmq.add_user(name, "old", tags="management")
     rabbitmq.declare(name)
     rabbitmq.publish(name, b"1")
@@ -143,15 +145,23 @@ async def test_an_answer_has_a_size_bound(backend: RabbitmqBackend, monkeypatch:
         await backend.discover()
 
 
+async def declare_many(url: str, count: int) -> None:
+    """Without waiting for each answer: the broker is the limit."""
+    link = rabbitmq_connection.Link(pika.URLParameters(url), "many")
+    channel = await link.channel()
+    channel.exchange_declare("StudioML.topic", "topic", durable=True, auto_delete=True)
+    for number in range(count):
+        channel.queue_declare(f"rmq_{number}")
+        channel.queue_bind(f"rmq_{number}", "StudioML.topic", f"StudioML.rmq_{number}")
+    await rabbitmq_connection.rpc(channel, channel.queue_declare, queue=f"rmq_{count - 1}", passive=True)
+    await link.close()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 async def test_ten_thousand_queues_are_discovered_in_two_seconds(own_rabbitmq: RabbitmqServer) -> None:
     own_rabbitmq.add_vhost("many")
-    with own_rabbitmq.channel("many") as channel:
-        channel.exchange_declare("StudioML.topic", "topic", durable=True, auto_delete=True)
-        for number in range(10_000):
-            channel.queue_declare(f"rmq_{number}")
-            channel.queue_bind(f"rmq_{number}", "StudioML.topic", f"StudioML.rmq_{number}")
+    await declare_many(own_rabbitmq.url("many"), 10_000)
     try:
         async with opened(own_rabbitmq.amqp_url, own_rabbitmq.management_url) as one:
             taken = []
