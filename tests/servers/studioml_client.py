@@ -1,14 +1,17 @@
 """The real StudioML client, in a virtual environment of its own (tools/client_env.py), with a home directory of its own.
 
-Listed in `pytest_plugins` of tests/conftest.py. A test takes `studioml` and calls it::
+Listed in `pytest_plugins` of tests/conftest.py. As a test uses it::
 
-    client = studioml(tmp_path, rabbitmq, seaweedfs, bucket)
+    client = account(client_interpreter, tmp_path / "home", rabbitmq, seaweedfs, bucket)
     client.submit(workspace, "--queue=rmq_x", "--experiment=one", "script.py", "--arg", "two words")
-    client.python("from studio ... import ...; print(...)")            # a program in the client's environment
+    with serving(tmp_path / "daemon", rabbitmq, client_environments, match="^rmq_x$") as daemon:
+        run = ended(daemon, "one")
+    client.fetch("one", "output", "modeldir")                          # read by the client's own code
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -16,13 +19,17 @@ import pathlib
 import subprocess
 import sys
 import time
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.servers.daemon import Daemon
 from tests.servers.seaweedfs import ADMIN
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from tests.servers.rabbitmq import RabbitmqServer
     from tests.servers.seaweedfs import SeaweedFs
 
@@ -49,13 +56,6 @@ class StudiomlClient:
         """Runs a program in the client's environment, in the home directory; the last line it prints, as JSON."""
         printed = self._run(["python", "-c", program, *arguments], cwd=self.home)
         return json.loads(printed.splitlines()[-1])
-
-    def start(self, program: str, *arguments: str) -> subprocess.Popen[str]:
-        """As `python`, without waiting."""
-        argv = [str(self.interpreter), "-c", program, *arguments]
-        return subprocess.Popen(
-            argv, cwd=self.home, env=self._env(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
 
     def fetch(self, key: str, *tags: str) -> dict[str, Any]:
         """`{tag: {name: text}}`, or `{tag: text}` of a single file: results as the client's own code gets them from its storage."""
@@ -136,8 +136,12 @@ def account(
     home.mkdir(parents=True, exist_ok=True)
     seaweedfs.make_bucket(bucket)
     credentials = {"aws": {"access_key": ADMIN.access_key, "secret_access_key": ADMIN.secret_key}}
-    storage = {"type": "s3", "endpoint": f"http://{seaweedfs.endpoint}", "bucket": bucket}
-    storage |= {"credentials": credentials}
+    storage = {
+        "type": "s3",
+        "endpoint": f"http://{seaweedfs.endpoint}",
+        "bucket": bucket,
+        "credentials": credentials,
+    }
     broker = rabbitmq.url(query="?connection_attempts=3&retry_delay=.5&socket_timeout=5")
     config = {
         "database": storage | {"authentication": "none"},
@@ -154,3 +158,47 @@ def account(
     path = home / f"config-{time.monotonic_ns()}.yaml"
     path.write_text(json.dumps(config | changes))  # JSON is YAML
     return StudiomlClient(interpreter, home, path)
+
+
+@contextlib.contextmanager
+def serving(
+    directory: pathlib.Path,
+    rabbitmq: RabbitmqServer,
+    environments: pathlib.Path,
+    *arguments: str,
+    match: str,
+) -> Iterator[Daemon]:
+    """A daemon that takes the work of the queues that match; drained at the end, when nothing may be left in them."""
+    broker = (f"--amqp-url={rabbitmq.amqp_url}", f"--amqp-mgt-url={rabbitmq.management_url}")
+    daemon = Daemon(
+        directory,
+        *broker,
+        f"--queue-match={match}",
+        "--queue-refresh=1s",
+        *arguments,
+        environments=environments,
+    )
+    try:
+        daemon.start()
+        yield daemon
+        served = [one["queue"] for one in daemon.get("/api/queues")["queues"]]
+        assert daemon.stop() == 0
+        used = [
+            queue for queue in served if rabbitmq.api("GET", f"/api/queues/%2F/{queue}")[0] == HTTPStatus.OK
+        ]
+        # What was not acknowledged is in its queue again, now that the connection is closed.
+        assert {queue: rabbitmq.depth(queue) for queue in used} == dict.fromkeys(used, 0)
+        for queue in used:
+            rabbitmq.delete(queue)
+    finally:
+        daemon.kill()
+
+
+def ended(daemon: Daemon, experiment: str, count: int = 1) -> dict[str, Any]:
+    """What the daemon tells of an experiment that is over, of the last of `count` runs."""
+
+    def over() -> list[dict[str, Any]]:
+        recent = [one for one in daemon.get("/api/runs")["recent"] if one["experiment"] == experiment]
+        return recent if len(recent) >= count else []
+
+    return daemon.until(over)[-1]
