@@ -114,7 +114,7 @@ class EnvironmentCache:
                 await asyncio.to_thread(shutil.rmtree, leftover, ignore_errors=True)
             fresh = Path(tempfile.mkdtemp(prefix=f".new-{key}-", dir=self._entries))
             try:
-                base = await self._fill(fresh / "env", fresh, order)
+                base = await self._fill(fresh / "env", entry, order)
                 _replace(fresh / "env", entry)
             finally:
                 await _removed(fresh)
@@ -122,14 +122,14 @@ class EnvironmentCache:
         self._evictor.soon()
         return dataclasses.replace(base, path=entry)
 
-    async def _fill(self, prefix: Path, scratch: Path, order: _Order) -> layout.Base:
+    async def _fill(self, prefix: Path, home: Path, order: _Order) -> layout.Base:
         started = time.monotonic()
         layout.create(prefix, order.interpreter)
         warnings = await self._uv.install(
             prefix / "bin" / "python",
             order.wanted,
             seeds=_seeds(order.interpreter, order.wanted),
-            scratch=scratch,
+            scratch=prefix.parent,
             log_file=order.log_file,
         )
         build_secs = time.monotonic() - started
@@ -137,6 +137,7 @@ class EnvironmentCache:
             layout.describe, prefix, order.interpreter, build_secs=build_secs, expires=order.expires
         )
         base = dataclasses.replace(base, warnings=warnings)
+        await asyncio.to_thread(layout.create_template, prefix, order.interpreter, base, home=home)
         base.save()
         return base
 

@@ -48,7 +48,7 @@ class VenvExecutor(Executor):
         )
         async with self.cache.lease(choice.interpreter, wanted, log) as lease:
             thin = spec.run_dir / "env"
-            await asyncio.to_thread(layout.create_thin, thin, choice.interpreter, lease.base)
+            await asyncio.to_thread(layout.create_thin, thin, lease.base)
             yield Prepared(
                 argv=(str(thin / "bin" / "python"), *program),
                 env=_activated(spec.env, thin),
