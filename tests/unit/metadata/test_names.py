@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.metadata import names
 from runner.metadata.names import Accession, base62, claim_second, from_base62, safe_component
 
 VECTORS = [
@@ -107,14 +106,15 @@ def test_a_damaged_record_is_an_empty_one(tmp_path, damage):
     assert claim_second(tmp_path, "h", 100) == 100
 
 
-def test_the_record_does_not_grow_without_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(names, "_MAX_RANGES", 20)
-    for number in range(50):
-        claim_second(tmp_path, "h", number * 10)
-    assert json.loads((tmp_path / "accessions" / "h.json").read_bytes()) == [
-        [n * 10, n * 10] for n in range(30, 50)
-    ]
-    assert claim_second(tmp_path, "h", 490) == 491
+def test_the_record_does_not_grow_without_end_and_forgets_the_oldest(tmp_path):
+    record = tmp_path / "accessions" / "h.json"
+    for number in range(600):
+        claim_second(tmp_path, "h", number * 10_000_000)
+        assert record.stat().st_size <= 4096
+    kept = json.loads(record.read_bytes())
+    assert kept == [[n * 10_000_000, n * 10_000_000] for n in range(600 - len(kept), 600)]
+    assert len(kept) > 100
+    assert claim_second(tmp_path, "h", 5_990_000_000) == 5_990_000_001
 
 
 def claim_some(directory):
