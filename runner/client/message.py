@@ -59,7 +59,7 @@ class Storage:
         scheme, separator, rest = text.partition("://")
         if not separator or scheme.lower() == "file":
             path = cwd / (rest if separator else text)
-            if not path.name or ".." in path.parts:
+            if not text or not path.name or ".." in path.parts:
                 raise errors.UsageError(f"--storage={text}: not the path of a directory that can be made")
             return cls(type="local", endpoint=str(path.parent), bucket=path.name)
         host, _, bucket = rest.rstrip("/").partition("/")
