@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import dataclasses
+import os
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,7 @@ class Active:
     attempt: int
     state: RunState
     started: float = dataclasses.field(default_factory=time.time)
+    settling: bool = False  #: its delivery is being ended: what comes again from now on is no copy of it
     task: asyncio.Task[None] | None = None
 
 
@@ -69,13 +71,16 @@ class Runs:
         dead_letters: DeadLetters,
         states: RunStates,
         endpoints: Endpoints,
+        changed: Callable[[], None],
     ) -> None:
+        """`changed` is called when something may have opened or closed a queue."""
         self._config = config
         self._tools = tools
         self._ledger = ledger
         self._dead_letters = dead_letters
         self._states = states
         self._endpoints = endpoints
+        self._changed = changed
         self._active: dict[str, Active] = {}
         self.started_total = 0
         self.idle_since = time.monotonic()
@@ -92,8 +97,14 @@ class Runs:
         return [
             active
             for active in self
-            if active.state.queue == queue.ledger_key and active.state.digest == digest
+            if active.state.queue == queue.ledger_key and active.state.digest == digest and not active.settling
         ]
+
+    def orphaned(self, queue: QueueState) -> bool:
+        """Whether a run of that queue has lost its message, which is on its way back: it should come here."""
+        return any(
+            active.queue is queue and active.delivery.lost.is_set() and not active.settling for active in self
+        )
 
     def holds(self, delivery: Delivery) -> bool:
         """Whether a run in progress will end that delivery."""
@@ -106,8 +117,7 @@ class Runs:
             OSError: its directory cannot be made; nothing was started and nothing counted.
         """
         workspace = Workspace.create(self._config.paths.working_dir / "runs", request.key)
-        workspace.request.touch(mode=0o600)
-        workspace.request.write_bytes(delivery.body)
+        _write_private(workspace.request, delivery.body)
         experiment = Experiment(
             request=request, workspace=workspace, tools=self._tools, granted=allocation.amounts
         )
@@ -432,6 +442,11 @@ class Runs:
                 elapsed_secs=elapsed_secs,
             )
         )
+
+
+def _write_private(path: Path, content: bytes) -> None:
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
+        file.write(content)
 
 
 def _ending(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 log = structlog.get_logger(__name__)
+
+_APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,11 +68,15 @@ class RunStates:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def save(self, state: RunState) -> None:
-        """Write it, atomically. Raises OSError."""
-        path = self.directory / f"{state.run_id}.json"
-        partial = path.with_suffix(".partial")
-        partial.write_bytes(orjson.dumps(state.as_document(), default=_plain))
-        partial.replace(path)
+        """Write it: a line more in its file, of which the last whole one counts. Raises OSError."""
+        # Not a new file in place of the old one: where runs come and go a new inode costs more than all the rest.
+        line = b"\n%b\n" % orjson.dumps(state.as_document(), default=_plain)
+        fd = os.open(self.directory / f"{state.run_id}.json", _APPEND, 0o600)
+        try:
+            if os.write(fd, line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            os.close(fd)
 
     def remove(self, run_id: str) -> None:
         """Forget it. Idempotent."""
@@ -78,11 +87,20 @@ class RunStates:
         states = []
         for path in sorted(self.directory.glob("*.json")):
             try:
-                states.append(RunState.of_document(orjson.loads(path.read_bytes())))
+                states.append(_last_whole(path.read_bytes()))
             except (ValueError, KeyError, TypeError, OSError) as exc:
                 log.warning("unreadable run state removed", path=str(path), error=str(exc))
                 path.unlink(missing_ok=True)
         return states
+
+
+def _last_whole(data: bytes) -> RunState:
+    """The state in the last line that was written to its end. Raises as `RunState.of_document` when there is none."""
+    *lines, _ = data.split(b"\n")
+    for line in reversed(lines):
+        with contextlib.suppress(orjson.JSONDecodeError):
+            return RunState.of_document(orjson.loads(line))
+    raise ValueError("no whole line")
 
 
 def sweep(states: RunStates, runs: Path) -> tuple[list[RunState], list[RunState]]:

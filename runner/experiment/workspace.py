@@ -46,8 +46,10 @@ class Workspace:
                 workspace.root.mkdir(mode=0o700, parents=True)
             except FileExistsError:
                 continue
-            for directory in (workspace.workspace, workspace.output.parent, workspace.tmp, workspace.private):
-                directory.mkdir(mode=0o700, parents=True)
+            experiments = workspace.workspace.parent
+            directories = (experiments.parent, experiments, workspace.workspace, workspace.output.parent)
+            for directory in (*directories, workspace.tmp, workspace.private):
+                directory.mkdir(mode=0o700)
             return workspace
         raise AssertionError  # count() does not end
 

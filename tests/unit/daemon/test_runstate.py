@@ -53,6 +53,17 @@ def test_a_state_that_points_elsewhere_removes_nothing_there(tmp_path):
     assert precious.exists()
 
 
+def test_the_last_state_that_was_written_whole_counts(tmp_path):
+    states = RunStates(tmp_path / "state")
+    states.save(state(tmp_path))
+    with (tmp_path / "state" / "a.0.json").open("ab") as file:
+        file.write(b'\n{"run_id": "a.0", "ou')
+    assert states.load() == [state(tmp_path)]
+    done = state(tmp_path, outcome=Outcome.of_stop(errors.Reason.TIMEOUT, "x"))
+    states.save(done)
+    assert states.load() == [done]
+
+
 def test_a_torn_file_is_removed_and_said(tmp_path):
     states = RunStates(tmp_path)
     (tmp_path / "x.json").write_text('{"run_id": ')
