@@ -31,9 +31,13 @@ def serve(options: config.Config) -> int:
 async def run_daemon(options: config.Config) -> int:
     """The daemon in the running loop."""
     # Imported here: `--help` and refusals of options need none of it.
+    import stamina
+
     from runner.cli.parts import parts
     from runner.daemon.service import Service
 
+    # Each retry of a request in the log would hide what matters: the runner says itself when a server stays away.
+    stamina.instrumentation.set_on_retry_hooks(())
     if options.queues.root == options.paths.working_dir / "queue":
         # The embedded default. A root that the operator names must be there: it may be a file system that is not mounted.
         options.queues.root.mkdir(parents=True, exist_ok=True)

@@ -22,6 +22,8 @@ from runner.queues.base import Existence, QueueGone
 from runner.request import decode
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from runner.daemon.attempts import Ledger
     from runner.daemon.endpoints import Endpoints
     from runner.daemon.runs import Runs
@@ -129,6 +131,9 @@ class Dispatcher:
 
     def closed_because(self, state: QueueState) -> str:
         """Why nothing is taken from that queue now, in words; empty when it is open."""
+        return self._forbidden(state) or self._no_room(state)
+
+    def _forbidden(self, state: QueueState) -> str:
         if self._draining:
             return "the runner is draining"
         if state.endpoint:
@@ -138,6 +143,11 @@ class Dispatcher:
             state.endpoint = ""
         if (wait := state.closed_until - time.monotonic()) > 0:
             return f"backing off for {wait:.0f} s more: {state.why}"
+        return ""
+
+    def _no_room(self, state: QueueState) -> str:
+        if self._runs.orphaned(state):
+            return ""  # its message is on its way back, and needs no room
         free = self._allocator.free
         if free.cpus < 1:
             return "no core is free"
@@ -146,9 +156,8 @@ class Dispatcher:
             return f"no room for what it last asked for: {short}"
         return ""
 
-    async def _open(self, state: QueueState) -> None:
-        """Wait until the queue may be asked."""
-        while self.closed_because(state):
+    async def _until(self, state: QueueState, is_open: Callable[[], bool]) -> None:
+        while not is_open():
             changed = self._changed
             timers = [when - time.monotonic() for when in (state.closed_until, state.ask_until)]
             wait = min((timer for timer in timers if timer > 0), default=None)
@@ -171,23 +180,25 @@ class Dispatcher:
         consumer = await state.backend.consumer(state.ref)
         try:
             while True:
-                await self._open(state)
+                await self._until(state, lambda: not self.closed_because(state))
                 if (delivery := await self._next(state, consumer)) is not None:
                     await self._admit(state, delivery)
         finally:
             await consumer.close()
 
     async def _next(self, state: QueueState, consumer: Consumer) -> Delivery | None:
-        """The next message; None when the queue lost its room for longer than a moment meanwhile."""
+        """The next message; None when the queue was closed meanwhile. For want of room only after a moment: it may come back."""
         wish = asyncio.create_task(consumer.next(), name=f"next {state.ref}")
         try:
             while not wish.done():
                 changed = asyncio.create_task(self._changed.wait())
                 await asyncio.wait({wish, changed}, return_when=asyncio.FIRST_COMPLETED)
                 changed.cancel()
-                if not wish.done() and self.closed_because(state):
+                if self._forbidden(state):
+                    break
+                if not wish.done() and self._no_room(state):
                     await asyncio.wait({wish}, timeout=LINGER_SECS)
-                    if not wish.done() and self.closed_because(state):
+                    if self.closed_because(state):
                         break
         finally:
             if not wish.done():
@@ -202,7 +213,8 @@ class Dispatcher:
     async def _admit(self, state: QueueState, delivery: Delivery) -> None:
         """End the delivery, or hand it to a run. Cancelled (drained) while it is parked: it goes back."""
         try:
-            await self._sort(state, delivery)
+            if await self._may_start(state, delivery):
+                await self._sort(state, delivery)
         except asyncio.CancelledError:
             if not self._runs.holds(delivery):
                 await delivery.requeue()
@@ -210,6 +222,18 @@ class Dispatcher:
         except Exception:
             log.exception("a message could not be handled", queue=str(state.ref))
             await delivery.requeue(state.back_off("the runner failed to handle its message"))
+
+    async def _may_start(self, state: QueueState, delivery: Delivery) -> bool:
+        """Whether the queue is open. A message that was on its way when it was closed is parked, or put back once."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(PARK_SECS):
+                await self._until(state, lambda: self._draining or not self._forbidden(state))
+        if why := self._forbidden(state):
+            log.info("put back unopened", queue=str(state.ref), why=why)
+            self._metrics.delivery("requeue")
+            await delivery.requeue()
+            return False
+        return True
 
     async def _sort(self, state: QueueState, delivery: Delivery) -> None:
         if delivery.redelivered and await self._known(state, delivery):

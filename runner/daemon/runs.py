@@ -20,7 +20,7 @@ from runner.experiment.workspace import Workspace
 from runner.telemetry import metrics
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from runner.config import Config
@@ -42,6 +42,8 @@ MAX_ATTEMPTS = 3
 RECENT = 200
 #: Results that are not stored after this long give their part of the machine back, and go on trying.
 DELIVERY_HOLDS_MACHINE_SECS = 120.0
+#: How often it is looked whether a lost message has come back.
+LOSS_SECS = 1.0
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
@@ -97,7 +99,9 @@ class Runs:
         return [
             active
             for active in self
-            if active.state.queue == queue.ledger_key and active.state.digest == digest and not active.settling
+            if active.state.queue == queue.ledger_key
+            and active.state.digest == digest
+            and not active.settling
         ]
 
     def orphaned(self, queue: QueueState) -> bool:
@@ -211,6 +215,7 @@ class Runs:
         }
         held = allocation
         with structlog.contextvars.bound_contextvars(**context):
+            watch = asyncio.create_task(self._watch_loss(active), name=f"loss {active.state.run_id}")
             try:
                 outcome, fate = await self._attempt(active, held)
             except Exception as exc:  # the edge: a defect of ours fails one run, not the daemon
@@ -218,8 +223,11 @@ class Runs:
                 outcome = Outcome.of_error(
                     errors.RunnerError(f"the runner failed: {type(exc).__name__}: {exc}")
                 )
-                fate = errors.Fate.REQUEUE  # nobody has ended the delivery
+                fate = errors.Fate.REQUEUE
+                if not active.settling:  # nobody has ended the delivery
+                    fate = await self._settle(active, outcome, None)
             finally:
+                watch.cancel()
                 if held is not None:
                     held.release()
                 cores = held.amounts.cpus if held is not None else 0
@@ -229,6 +237,16 @@ class Runs:
                 if not self._active:
                     self.idle_since = time.monotonic()
             self._remember(active, outcome, fate, time.monotonic() - began)
+
+    async def _watch_loss(self, active: Active) -> None:
+        """Until cancelled: when its message is lost, its queue is opened for the redelivered copy, however full the machine is."""
+        while True:
+            delivery = active.delivery
+            await delivery.lost.wait()
+            log.warning("the message of a run in progress was lost; the run goes on and waits for it")
+            while active.delivery is delivery:
+                self._changed()
+                await asyncio.sleep(LOSS_SECS)
 
     async def _attempt(self, active: Active, allocation: Allocation | None) -> tuple[Outcome, errors.Fate]:
         """How it ended, and what became of its message."""
@@ -283,6 +301,7 @@ class Runs:
         self._endpoints.lost(exc.endpoint, lambda: active.experiment.answers(exc.endpoint))
 
     async def _settle(self, active: Active, outcome: Outcome, kept: Path | None) -> errors.Fate:
+        active.settling = True
         queue, delivery, digest = active.queue, active.delivery, active.state.digest
         fate = self._fate(active, outcome)
         if not outcome.counts:
@@ -313,6 +332,7 @@ class Runs:
                     )
                 else:
                     wait = queue.back_off(outcome.text)
+                self._changed()
                 await delivery.requeue(wait)
                 self._tools.metrics.delivery("requeue")
                 log.warning("experiment goes back to its queue", **told, wait_secs=round(wait, 1))

@@ -141,6 +141,7 @@ class Service:
                     dead_letters=DeadLetters(state_dir / "dead-letter"),
                     states=states,
                     endpoints=endpoints,
+                    changed=lambda: dispatcher.notify(),  # noqa: PLW0108 - made below
                 )
                 dispatcher = Dispatcher(
                     allocator=tools.allocator,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 import tempfile
 import threading
 from pathlib import Path
@@ -118,6 +119,7 @@ class Artifacts:
         thread = asyncio.create_task(
             asyncio.to_thread(work, artifact, location), name=f"transfer {artifact.tag}"
         )
+        thread.add_done_callback(_retrieve)
         try:
             await asyncio.shield(thread)
         except asyncio.CancelledError:
@@ -137,7 +139,8 @@ class Artifacts:
             unpacked = archive.unpack(
                 stream,
                 directory,
-                limits=archive.UnpackLimits(total_bytes=self._room()),
+                # What the message asked for; a disk that is full says so itself, and is not the message's fault.
+                limits=archive.UnpackLimits(total_bytes=self._request.resources.hdd_bytes or sys.maxsize),
                 name_if_file=_basename(location, artifact),
                 want=artifact.unpack,
                 cancelled=self._cancelled,
@@ -146,11 +149,6 @@ class Artifacts:
             log.warning("artifact", artifact=artifact.tag, warning=warning)
         if artifact.mutable and (fingerprint := archive.fingerprint(directory)):
             self._stored[artifact.tag] = fingerprint
-
-    def _room(self) -> int:
-        asked = self._request.resources.hdd_bytes
-        free = self._tools.allocator.free.hdd_bytes + asked  # what it reserved is its own to fill
-        return min(asked, free) if asked else free
 
     async def upload(self, tags: Iterable[str] | None = None) -> list[errors.RunnerError]:
         """Store every mutable artifact (or those of `tags`) that changed since it was last stored, `output` first.
@@ -175,6 +173,8 @@ class Artifacts:
             return None
         try:
             await self._in_thread(self._upload_blocking, artifact, location)
+        except errors.Unreachable as exc:
+            return exc  # whoever asked tells it once, not for each artifact
         except errors.RunnerError as exc:
             log.warning("artifact cannot be stored", artifact=artifact.tag, error=str(exc))
             return exc
@@ -213,6 +213,12 @@ class Artifacts:
         """Store bytes at a place, and count them. Blocking. Raises as `ObjectStore.put`."""
         self.store(location).put(location.key, source, size)
         self._tools.metrics.uploaded(size)
+
+
+def _retrieve(thread: asyncio.Task[None]) -> None:
+    """A transfer that nobody waits for any more may fail in peace."""
+    if not thread.cancelled():
+        thread.exception()
 
 
 def _basename(location: Location, artifact: Artifact) -> str:
