@@ -51,7 +51,6 @@ class Captured:
     def __init__(self, rabbitmq: RabbitmqServer, seaweedfs: SeaweedFs) -> None:
         self.rabbitmq = rabbitmq
         self.seaweedfs = seaweedfs
-        self.queues: set[str] = set()
 
     def message(self, case: str, **experiment: Any) -> dict[str, Any]:
         text = (CAPTURED / f"{case}.json").read_text()
@@ -147,7 +146,7 @@ def captured(rabbitmq: RabbitmqServer, seaweedfs: SeaweedFs) -> Captured:
 def daemon(
     captured: Captured, client_environments: pathlib.Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Daemon]:
-    match = "^rmq_(plain|args|data|hyperparam|hp|completion|cs).*$"
+    match = "^rmq_(test|args|data|hp|cs)$"
     directory = tmp_path_factory.mktemp("daemon")
     with serving(directory, captured.rabbitmq, client_environments, match=match) as daemon:
         yield daemon
