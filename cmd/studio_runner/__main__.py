@@ -1,3 +1,5 @@
+"""Start the program, also as `python cmd/studio_runner`."""
+
 from __future__ import annotations
 
 from runner.cli.main import main

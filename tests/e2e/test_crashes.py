@@ -6,7 +6,7 @@ import json
 import shutil
 import signal
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -43,7 +43,7 @@ def put(daemon: Daemon, body: bytes, name: str = "m1") -> None:
     hidden.rename(hidden.with_name(name))
 
 
-def documents(storage: pathlib.Path) -> list[dict]:
+def documents(storage: pathlib.Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(storage.glob("metadata/scrape-host-*.json"))]
 
 
@@ -155,6 +155,7 @@ def test_a_signal_lets_the_run_finish_and_a_second_one_does_not(daemons: MakeDae
     daemon.until(lambda: stage(daemon, "running"))
     daemon.signal(signal.Signals[number])
     daemon.until(lambda: daemon.log("draining"))
+    assert daemon.process is not None
     assert daemon.process.poll() is None
     daemon.signal(signal.Signals[number])
     assert daemon.wait() == 128 + signal.Signals[number]

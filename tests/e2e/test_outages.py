@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -46,7 +46,7 @@ def stage(daemon: Daemon, name: str) -> bool:
     return any(run["stage"] == name for run in daemon.get("/api/runs")["running"])
 
 
-def documents(server: SeaweedFs, bucket: str) -> list[dict]:
+def documents(server: SeaweedFs, bucket: str) -> list[dict[str, Any]]:
     client = server.client()
     names = [each.object_name for each in client.list_objects(bucket, "metadata/scrape-", recursive=True)]
     return [json.loads(client.get_object(bucket, name).read()) for name in sorted(names)]
@@ -55,7 +55,9 @@ def documents(server: SeaweedFs, bucket: str) -> list[dict]:
 def output(server: SeaweedFs, bucket: str, key: str) -> str:
     data = server.client().get_object(bucket, f"experiments/{key}/output.tar").read()
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-        return tar.extractfile("output").read().decode()
+        member = tar.extractfile("output")
+        assert member is not None
+        return member.read().decode()
 
 
 def test_results_wait_on_disk_for_storage_and_survive_the_daemon(

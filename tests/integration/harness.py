@@ -44,7 +44,7 @@ class Daemon:
         self.service = service
         self.config = settings
         self.storage = root / "storage"
-        self.task: asyncio.Task[int] | None = None
+        self.task = asyncio.create_task(service.run())
 
     def message(self, script: str, key: str = "exp", **experiment: Any) -> bytes:
         """A request for that script, in the form of the client, on directory storage."""
@@ -75,7 +75,6 @@ class Daemon:
         """Wait until it is true; what it gave."""
         async with asyncio.timeout(LIMIT_SECS):
             while True:
-                assert self.task is not None
                 if self.task.done():
                     self.task.result()
                 with contextlib.suppress(FileNotFoundError):
@@ -144,7 +143,6 @@ async def daemon(
     )
     service = Service(settings, parts, Stop())
     running = Daemon(root, queue, service, settings)
-    running.task = asyncio.create_task(service.run())
     try:
         yield running
     finally:

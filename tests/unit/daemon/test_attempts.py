@@ -5,12 +5,12 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
 
 from runner import errors
-from runner.daemon import attempts
 from runner.daemon.attempts import Ledger
 
 
@@ -46,8 +46,8 @@ def test_finished_messages_are_known_for_a_day_and_start_at_zero_again(ledger, m
     ledger.finish("q", "d")
     assert ledger.finished("q", "d")
     assert ledger.attempts("q", "d").count == 0
-    now = attempts.time.time()
-    monkeypatch.setattr(attempts.time, "time", lambda: now + 24 * 3600 + 1)
+    later = time.time() + 24 * 3600 + 1
+    monkeypatch.setattr(time, "time", lambda: later)
     assert not ledger.finished("q", "d")
 
 

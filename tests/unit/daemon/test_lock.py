@@ -17,6 +17,8 @@ def test_a_second_daemon_is_refused_by_name_and_a_killed_one_lets_go(tmp_path):
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
+    assert holder.stdin
+    assert holder.stdout
     assert holder.stdout.readline() == b"held\n"
     with pytest.raises(errors.UsageError, match=f"process {holder.pid}"), lock.sole_daemon(tmp_path):
         pass
