@@ -6,6 +6,7 @@ import abc
 import asyncio
 import contextlib
 import dataclasses
+import re
 import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,8 @@ _SKEW_SECS = 600.0
 _READ_BYTES = 1 << 20
 _OUTPUT_SECS = 1.0
 _PREFIX = "metadata/scrape-host-"
+#: What changes from second to second is not worth telling each time.
+_COUNTDOWN = re.compile(r"^backing off for \d+ s more: | for \d+ s$")
 _MAX_ATTEMPTS = 3  # DESIGN.md rule 3
 #: Endings after which the message goes back to its queue for certain, and those after which it does so unless it was the last attempt.
 _NEVER_FINAL = {errors.Reason.DRAINED, errors.Reason.LEASE_LOST, errors.Reason.STORAGE, errors.Reason.QUEUE}
@@ -114,7 +117,7 @@ class DaemonView(View):
         queues = self._daemon.get_json("/api/queues")["queues"]
         for queue in queues:
             if queue["queue"].rpartition("?")[2] == self._submitted.queue:
-                return queue["closed_because"] or ""
+                return _COUNTDOWN.sub("", queue["closed_because"] or "")
         return f"the daemon at {self._daemon.where()} has not found its queue yet"
 
 

@@ -172,6 +172,23 @@ def test_a_message_that_never_ran_is_told_as_well(daemon: Daemon, source: Path):
     assert len(daemon.dead_letters()) == 1
 
 
+def test_why_it_waits_is_told_once(daemon: Daemon, source: Path):
+    argv = [str(PROGRAM), "submit", str(source), *to(daemon, "--cpus=5000", "--wait", "--", "main.py")]
+    with subprocess.Popen(argv, env=clean_environment(), stderr=subprocess.PIPE) as waiting:
+        daemon.until(lambda: daemon.log("left to other hosts"))
+        told = b""
+        assert waiting.stderr is not None
+        while b"5000 cores" not in told:
+            told += waiting.stderr.readline()
+        # Some more looks: the countdown within the reason goes on meanwhile.
+        first = daemon.get("/api/queues")["queues"][0]["closed_because"]
+        daemon.until(lambda: daemon.get("/api/queues")["queues"][0]["closed_because"][:20] != first[:20])
+        waiting.send_signal(signal.SIGINT)
+        told += waiting.stderr.read()
+    assert told.count(b"5000 cores") == 1, told.decode()
+    assert waiting.returncode == 130
+
+
 def test_ctrl_c_leaves_the_experiment_alone(daemon: Daemon, source: Path, tmp_path: Path):
     began = tmp_path / "began"
     argv = [str(PROGRAM), "submit", str(source), *to(daemon, "--wait", "--", "main.py", "sleep", str(began))]
