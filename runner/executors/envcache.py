@@ -55,7 +55,8 @@ class EnvironmentCache:
 
     def __init__(self, config: Environments, uv: Uv) -> None:
         self._uv = uv
-        self._entries = config.cache_dir / "entries"
+        # Environments name the place where they are: two names of one directory must not be two places.
+        self._entries = config.cache_dir.resolve() / "entries"
         self._locks = config.cache_dir / "locks"
         self._building: dict[str, _Build] = {}
         self._evictor = Evictor(config.cache_dir, config.cache_bytes, uv)
@@ -70,7 +71,7 @@ class EnvironmentCache:
         Cancelling the last that waits ends the build. What uv prints goes to the log of the one that came first.
         Raises what `Uv.install` raises.
         """
-        key, expires = identity(interpreter, wanted, now=time.time())
+        key, expires = identity(interpreter, wanted, place=self._entries, now=time.time())
         for folder in (self._entries, self._locks):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         async with locks.held(self._locks / f"{key}.use", shared=True):
@@ -156,14 +157,17 @@ class _Build:
     waiting: int = 0
 
 
-def identity(interpreter: Interpreter, wanted: Requirements, *, now: float) -> tuple[str, float | None]:
-    """The key of an environment, and when it expires (wall clock).
+def identity(
+    interpreter: Interpreter, wanted: Requirements, *, place: Path, now: float
+) -> tuple[str, float | None]:
+    """The key of an environment below `place`, and when it expires (wall clock).
 
+    A cache that was moved, or that is mounted elsewhere, is another place: what a run gets over an environment names it.
     The GPU flavour is in the lines (tensorflow-gpu); their order asks for nothing. Unpinned lines change their key
     once a day, each at an hour of its own, so an old environment can serve the runs that are on it.
     """
     asked = [
-        str(layout.VERSION),
+        f"{layout.VERSION} {place}",
         f"{interpreter.path} {interpreter} {interpreter.mtime_ns}",
         *sorted(line.identity for line in wanted.lines),
         *wanted.options,

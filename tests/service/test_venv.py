@@ -517,6 +517,21 @@ async def test_another_daemon_of_the_same_cache_waits_uses_and_protects(
         assert await prepare(other, "log2") is True
 
 
+async def test_a_cache_has_one_name_only_and_may_move(config, spawner, environ, spec, tmp_path):
+    """As where a state directory is a link, or is restored to another place."""
+    link = tmp_path / "link"
+    link.symlink_to(config.cache_dir)
+    config.cache_dir.mkdir()
+    for cache, cached in ((link, False), (config.cache_dir, True), (tmp_path / "moved", False)):
+        if cache.name == "moved":
+            config.cache_dir.rename(cache)
+        executor = VenvExecutor(dataclasses.replace(config, cache_dir=cache), spawner, environ=environ)
+        async with executor.prepare(spec("apple==1.0"), tmp_path / "log") as prepared:
+            assert prepared.facts["environment_cached"] is cached
+            link.unlink(missing_ok=True)  # it is not needed any more
+            assert python(prepared, "import apple; print(apple.VERSION)") == "1.0"
+
+
 async def test_what_is_not_pinned_ages_out(executor, spec, tmp_path, monkeypatch):
     clock = [1_000_000_000.0]
     monkeypatch.setattr("time.time", lambda: clock[0])
