@@ -39,10 +39,8 @@ class RunState:
 
     def as_document(self) -> dict[str, Any]:
         """For the file."""
-        document = dataclasses.asdict(self) | {"root": str(self.root)}
-        if self.outcome is not None:
-            document["outcome"] = dataclasses.asdict(self.outcome)
-        return document
+        outcome = None if self.outcome is None else dict(vars(self.outcome))
+        return vars(self) | {"root": str(self.root), "outcome": outcome}
 
     @classmethod
     def of_document(cls, document: Mapping[str, Any]) -> RunState:

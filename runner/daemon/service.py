@@ -33,6 +33,7 @@ from runner.daemon.endpoints import Endpoints
 from runner.daemon.interrupted import Interrupted
 from runner.daemon.runs import Runs
 from runner.daemon.stop import Stop
+from runner.experiment import workspace
 from runner.experiment.tools import Tools
 from runner.process.spawner import Spawner
 from runner.queues.catalog import Added, Catalog
@@ -121,6 +122,7 @@ class Service:
         with self.stop.on_signals(), lock.sole_daemon(paths.working_dir):
             state_dir = private_directory(paths.state_dir, "--state-dir")
             runs_dir = private_directory(paths.working_dir / "runs", "--working-dir")
+            workspace.spread(runs_dir)
             async with contextlib.AsyncExitStack() as stack:
                 ledger = Ledger(state_dir / "ledger.sqlite")
                 stack.callback(ledger.close)

@@ -16,14 +16,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
+import functools
 import hashlib
 import itertools
 import os
 import shutil
+import struct
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+# linux/fs.h: FS_IOC_GETFLAGS, FS_IOC_SETFLAGS; the bit of FS_TOPDIR_FL.
+_GET_FLAGS, _SET_FLAGS = (
+    direction | struct.calcsize("l") << 16 | 0x6600 for direction in (0x80000001, 0x40000002)
+)
+_TOP_DIRECTORY = 17
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,8 +55,8 @@ class Workspace:
                 workspace.root.mkdir(mode=0o700, parents=True)
             except FileExistsError:
                 continue
-            experiments = workspace.workspace.parent
-            directories = (experiments.parent, experiments, workspace.workspace, workspace.output.parent)
+            experiment = workspace._experiment  # its own class
+            directories = (experiment.parent, experiment, workspace.workspace, workspace.output.parent)
             for directory in (*directories, workspace.tmp, workspace.private):
                 directory.mkdir(mode=0o700)
             return workspace
@@ -60,14 +69,18 @@ class Workspace:
 
     def artifact(self, tag: str) -> Path:
         """The directory of an artifact. `tag` is a safe single component: `request.decode` refuses others."""
-        return self.root / "experiments" / self.run_id / tag
+        return self._experiment / tag
 
-    @property
+    @functools.cached_property
+    def _experiment(self) -> Path:
+        return self.root / "experiments" / self.root.name
+
+    @functools.cached_property
     def workspace(self) -> Path:
         """Where the program starts."""
         return self.artifact("workspace")
 
-    @property
+    @functools.cached_property
     def output(self) -> Path:
         """Where stdout and stderr of the program go."""
         return self.artifact("output") / "output"
@@ -77,7 +90,7 @@ class Workspace:
         """The workload's TMPDIR."""
         return self.root / "tmp"
 
-    @property
+    @functools.cached_property
     def private(self) -> Path:
         """The runner's own files of this run; never uploaded as a directory."""
         return self.root / "_runner"
@@ -104,9 +117,43 @@ class Workspace:
 
     def remove(self) -> None:
         """Remove all of it. Blocking. What cannot be removed stays, and the next start of the daemon tries again."""
+        try:
+            _remove(os.fspath(self.root))
+        except OSError:
+            self._insist()
+
+    def _insist(self) -> None:
         shutil.rmtree(self.root, ignore_errors=True)
         if self.root.exists():  # a workload may have taken away its own rights
             for directory, _, _ in os.walk(self.root):
                 with contextlib.suppress(OSError):
                     os.chmod(directory, 0o700)  # noqa: PTH101 - names from walk are text
             shutil.rmtree(self.root, ignore_errors=True)
+
+
+def _remove(directory: str) -> None:
+    """As `shutil.rmtree`, with half of its calls: nobody is left who could put a link in the way meanwhile."""
+    with os.scandir(directory) as listing:
+        for entry in listing:
+            if entry.is_dir(follow_symlinks=False):
+                _remove(entry.path)
+            else:
+                os.unlink(entry.path)  # noqa: PTH108 - names from scandir are text
+    os.rmdir(directory)  # noqa: PTH106
+
+
+def spread(runs: Path) -> None:
+    """Let ext4 put each run's directory into a block group of its own; other file systems do as they like.
+
+    Where directories come and go within one group, each new file costs up to 0.8 ms of processor time after some
+    thousands: ext4 passes over the inodes that were freed in the last minutes, one by one.
+    """
+    descriptor = os.open(runs, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        flags = bytearray(8)
+        with contextlib.suppress(OSError):
+            fcntl.ioctl(descriptor, _GET_FLAGS, flags)
+            flags[_TOP_DIRECTORY // 8] |= 1 << _TOP_DIRECTORY % 8
+            fcntl.ioctl(descriptor, _SET_FLAGS, bytes(flags))
+    finally:
+        os.close(descriptor)

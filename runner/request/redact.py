@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from runner.telemetry.redact import MARK, names_secret, redact_value, secrets
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
 #: Wider than for other names: experimenters name their variables as they like, and the value is of no use to a reader.
 _SECRET_VARIABLE = re.compile("KEY|TOKEN|PASS|SECRET|CREDENTIAL|AUTH", re.IGNORECASE)
@@ -32,24 +32,30 @@ def secret_values(raw: Mapping[str, Any]) -> frozenset[str]:
     Regions and the like beside them are none; nor is a password that equals its user name: masking words such as
     "guest" everywhere would hide more than it protects.
     """
-    return frozenset(_secrets_in(raw, inside=False))
+    found: set[str] = set()
+    _collect(raw, found, inside=False)
+    return frozenset(found)
 
 
-def _secrets_in(value: Any, *, inside: bool) -> Iterator[str]:
-    if isinstance(value, dict):
+def _collect(value: Any, found: set[str], *, inside: bool) -> None:
+    if isinstance(value, str):
+        if inside:
+            found.add(value)
+        elif "://" in value:
+            found.update(password for user, password in _URL_PASSWORD.findall(value) if password != user)
+    elif isinstance(value, dict):
         for name, member in value.items():
-            if name.lower() == "artifacts" and isinstance(member, dict):
-                yield from _secrets_in([*member.values()], inside=inside)  # tags are the experimenter's words
+            if not isinstance(member, str | dict | list):
+                continue
+            lower = name.lower()
+            if lower == "artifacts" and isinstance(member, dict):
+                _collect([*member.values()], found, inside=inside)  # tags are the experimenter's words
             else:
-                plain = name.lower() in _PLAIN_MEMBERS
-                yield from _secrets_in(member, inside=not plain and (inside or names_secret(name)))
+                plain = lower in _PLAIN_MEMBERS
+                _collect(member, found, inside=not plain and (inside or names_secret(name)))
     elif isinstance(value, list):
         for member in value:
-            yield from _secrets_in(member, inside=inside)
-    elif isinstance(value, str) and inside:
-        yield value
-    elif isinstance(value, str) and "://" in value:
-        yield from (password for user, password in _URL_PASSWORD.findall(value) if password != user)
+            _collect(member, found, inside=inside)
 
 
 def _with_variables_masked(raw: Mapping[str, Any]) -> dict[str, Any]:

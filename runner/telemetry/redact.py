@@ -8,6 +8,7 @@ Where in doubt it redacts: a word too many costs a reader a moment, a word too f
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import re
 import threading
@@ -22,6 +23,8 @@ MARK = "***"
 MIN_LITERAL = 6
 #: Deeper nesting than any document of ours; what lies below is replaced as a whole.
 _MAX_DEPTH = 100
+#: Longer texts are no names and do not come again.
+_REMEMBERED = 256
 
 _NAMES = r"secret|pass(?:word|wd|phrase|code)|token(?!iz)|access[_-]?key|api[_-]?key|private[_-]?key|_pwd\b|_pass\b"
 _SECRET_NAME = re.compile(rf"{_NAMES}|credential|^authorization$|^(?-i:[A-Z][A-Z0-9_]*_KEY)$", re.IGNORECASE)
@@ -104,6 +107,10 @@ secrets = Secrets()
 def redact_text(text: str) -> str:
     """The text without the secrets that its shape or the registry gives away. Never raises."""
     text = secrets.replace(text)
+    return _masked_again(text) if len(text) <= _REMEMBERED else _masked(text)
+
+
+def _masked(text: str) -> str:
     lower = text.lower()
     if not any(hint in lower for hint in _HINTS):
         return text
@@ -121,6 +128,10 @@ def redact_text(text: str) -> str:
     return _SIGNED.sub(rf"\1{MARK}", text)
 
 
+#: The same names, hosts and words come in every record.
+_masked_again = functools.lru_cache(4096)(_masked)
+
+
 def redact_value(value: Any) -> Any:
     """A copy of a JSON-like value without its secrets. Never raises, never changes what it was given.
 
@@ -132,10 +143,19 @@ def redact_value(value: Any) -> Any:
 
 def names_secret(name: str) -> bool:
     """Whether a key or variable of this name holds a secret."""
+    return _named_again(name) if len(name) <= _REMEMBERED else _named(name)
+
+
+def _named(name: str) -> bool:
     return _SECRET_NAME.search(name) is not None
 
 
+_named_again = functools.lru_cache(4096)(_named)
+
+
 def _redact(value: Any, *, inside: bool, depth: int) -> Any:
+    if type(value) is str and depth <= _MAX_DEPTH:
+        return MARK if inside else redact_text(value)
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, Mapping) and depth <= _MAX_DEPTH:

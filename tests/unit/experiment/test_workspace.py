@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import stat
 
-from runner.experiment.workspace import Workspace
+from runner.experiment.workspace import Workspace, spread
 
 
 def test_artifacts_are_siblings_of_the_workspace_and_nobody_else_may_look(tmp_path):
@@ -29,3 +29,22 @@ def test_remove_takes_also_what_the_workload_has_protected(tmp_path):
     (workspace.workspace / "d").chmod(0o500)
     workspace.remove()
     assert not workspace.root.exists()
+
+
+def test_a_tree_is_removed_whole_and_links_are_not_followed(tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "precious").touch()
+    workspace = Workspace.create(tmp_path / "runs", "key")
+    (workspace.workspace / "link").symlink_to(outside)
+    (workspace.workspace / "deep" / "er").mkdir(parents=True)
+    (workspace.workspace / "deep" / "er" / "file").touch()
+    workspace.remove()
+    assert not workspace.root.exists()
+    assert (outside / "precious").exists()
+
+
+def test_a_directory_is_spread_where_that_can_be(tmp_path):
+    spread(tmp_path)
+    spread(tmp_path)
+    assert Workspace.create(tmp_path, "key").root.is_dir()
