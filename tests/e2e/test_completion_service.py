@@ -63,8 +63,10 @@ from studio.completion_service import CompletionService
 settings = {"queue": queue, "resources_needed": {}, "sleep_time": 1}
 with CompletionService("e2e", settings, studio_config_file=config) as service:
     keys = [service.submitTaskWithFiles(job, {"number": number}, {"mydata": mydata}, job_id=number) for number in (3, 4)]
-    results = [service.getResultsWithTimeout(90) for key in keys]
-    assert service.submitted == {}
+    results = []
+    for key in keys:
+        results.append(service.getResultsWithTimeout(100))
+        assert results[-1] is not None, service.submitted
 print(json.dumps([keys, results]))
 """
 )
@@ -95,9 +97,13 @@ def test_results_come_back_to_the_completion_service(
     (tmp_path / "job.py").write_text(JOB)
     (tmp_path / "mydata.txt").write_text("some data")
 
-    keys, results = client.python(
-        PROGRAM, str(client.config), QUEUE, f"{tmp_path}/job.py", f"{tmp_path}/mydata.txt", REPAIR
-    )
+    try:
+        keys, results = client.python(
+            PROGRAM, str(client.config), QUEUE, f"{tmp_path}/job.py", f"{tmp_path}/mydata.txt", REPAIR
+        )
+    except AssertionError as exc:
+        exc.add_note(daemon.log_text()[-8000:])
+        raise
 
     assert keys == ["completion_service_e2e_3", "completion_service_e2e_4"]
     assert dict(results) == {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -82,8 +83,11 @@ def queue_facts(rabbitmq: RabbitmqServer, queue: str) -> dict[str, Any]:
     }
 
 
+NUMPY = "import json, numpy; print(json.dumps(numpy.__version__))"
 LOOK = """
 import json, os, pathlib, shutil, sys
+import numpy
+print("numpy", numpy.__version__)
 print("argv", json.dumps(sys.argv[1:]))
 print("once", json.dumps({str(p.relative_to("../data")): p.read_text() for p in pathlib.Path("../data").rglob("*") if p.is_file()}))
 print("one", pathlib.Path("../single/one.txt").read_text())
@@ -134,8 +138,9 @@ def test_an_experiment_from_studio_run_to_results_read_by_the_client(
     assert json.loads(lines["argv"]) == ["--name", "two words", "--quote", """it's "so" $HOME""", ""]
     assert json.loads(lines["once"]) == {"a.csv": "1,2", "nested/b.csv": "3,4"}
     assert lines["one"] == "only"
+    assert lines["numpy"] == client.python(NUMPY)  # the very packages of the submitter
     assert lines["env"].startswith("good morning /")
-    assert lines["env"].endswith(":./bin")
+    assert lines["env"].endswith(f":{os.environ['PATH']}:./bin")  # the daemon has the PATH of this process
     assert lines["own"].endswith("bin/mytool")
     assert lines["last"] == "words"
     assert results["modeldir"] == {"model.txt": "weights", "sub/deep.txt": "deeper"}

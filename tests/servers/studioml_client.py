@@ -37,7 +37,7 @@ CHECKOUT = pathlib.Path(__file__).resolve().parents[2]
 MAKER = CHECKOUT / "tools" / "client_env.py"
 NO_PYTHON = 3
 #: How long one command of the client may take: it imports half a cloud, and other tests may share the machine.
-PATIENCE_SECS = 100
+PATIENCE_SECS = 250
 
 
 @dataclasses.dataclass(frozen=True)
