@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 #: Verb -> the module whose `add_to(app)` adds it. `serve` is not among them: see `main`.
 VERBS: dict[str, str] = {
     "submit": "runner.cli.submit",
+    "dlq": "runner.cli.dlq",
+    "explain": "runner.cli.explain",
     "version": "runner.cli.version",
 }
 #: `runner ARGS` is `studio-runner serve ARGS`, for drop-in use.

@@ -52,12 +52,19 @@ class Daemon:
             Missing: there is no such page.
             errors.UsageError: it wants a token, or another one.
         """
+        return self._ask("GET", path)
+
+    def post(self, path: str) -> Any:
+        """Ask it to do something; its answer, parsed. Raises as `get`."""
+        return self._parsed(self._ask("POST", path))
+
+    def _ask(self, method: str, path: str) -> bytes:
         where = self.where()
         try:
             connection = http.client.HTTPConnection(where, timeout=_TIMEOUT_SECS)
             with contextlib.closing(connection):
                 headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
-                connection.request("GET", path, headers=headers)
+                connection.request(method, path, headers=headers)
                 answer = connection.getresponse()
                 content = answer.read()
         except (OSError, http.client.HTTPException) as exc:
@@ -68,13 +75,23 @@ class Daemon:
             case 401 | 403:
                 raise errors.UsageError(f"the daemon at {where} wants a token: --token, or HTTP_TOKEN")
             case 404:
-                raise Missing(f"the daemon at {where} has no {path}")
+                raise Missing(_reason(content) or f"the daemon at {where} has no {path}")
             case status:
-                raise Away(f"the daemon at {where} answers with status {status}")
+                raise Away(_reason(content) or f"the daemon at {where} answers with status {status}")
 
     def get_json(self, path: str) -> Any:
         """The same, parsed."""
+        return self._parsed(self.get(path))
+
+    def _parsed(self, content: bytes) -> Any:
         try:
-            return orjson.loads(self.get(path))
+            return orjson.loads(content)
         except orjson.JSONDecodeError as exc:
             raise Away(f"what answers at {self.where()} is no daemon") from exc
+
+
+def _reason(content: bytes) -> str:
+    """The sentence with which a daemon refuses; empty when it is not one of a daemon's."""
+    with contextlib.suppress(orjson.JSONDecodeError, KeyError, TypeError):
+        return str(orjson.loads(content)["error"])
+    return ""

@@ -2,11 +2,13 @@
 
 `GET /api/runs`                  runs in progress and recent ones, newest last; `?digest=SHA256`: only those of that message
 `GET /api/runs/RUN/output`       what a run in progress has printed; `?offset=BYTES` goes on from there
-`GET /api/queues`                the queues that are served, and why one is closed
+`GET /api/queues`                the queues that are served, and why one is closed; `?queue=NAME` explains that name
+`POST /api/dead-letters/ID`      publish a dead letter anew, at the end of its queue, and remove it
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +16,19 @@ import orjson
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from runner import errors
+from runner.queues.base import QueueGone
 from runner.telemetry import redact
 
 if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.routing import BaseRoute
 
+    from runner.daemon.deadletters import DeadLetters
     from runner.daemon.dispatch import Dispatcher
+    from runner.daemon.queuestate import QueueState
     from runner.daemon.runs import Active, Runs
+    from runner.queues.catalog import Catalog
 
 #: At the most so much of the output in one answer; the client asks again.
 CHUNK_BYTES = 1 << 20
@@ -35,9 +42,13 @@ class _Json(JSONResponse):
 class Api:
     """The pages. Each answers at once, from memory or with one bounded read."""
 
-    def __init__(self, runs: Runs, dispatcher: Dispatcher) -> None:
+    def __init__(
+        self, runs: Runs, dispatcher: Dispatcher, catalog: Catalog, dead_letters: DeadLetters
+    ) -> None:
         self._runs = runs
         self._dispatcher = dispatcher
+        self._catalog = catalog
+        self._dead_letters = dead_letters
 
     def routes(self) -> list[BaseRoute]:
         """For `telemetry.http.HttpServer`."""
@@ -45,6 +56,7 @@ class Api:
             Route("/api/runs", self._list),
             Route("/api/runs/{run}/output", self._output),
             Route("/api/queues", self._queues),
+            Route("/api/dead-letters/{id}", self._requeue, methods=["POST"]),
         ]
 
     async def _list(self, request: Request) -> Response:
@@ -89,18 +101,70 @@ class Api:
             content, media_type="application/octet-stream", headers={"x-offset": str(offset + len(content))}
         )
 
-    async def _queues(self, _request: Request) -> Response:
+    async def _queues(self, request: Request) -> Response:
+        name = request.query_params.get("queue")
+        accounts = [
+            {
+                "account": status.account,
+                "kind": status.kind,
+                "unavailable_since": status.unavailable_since,
+                "error": redact.redact_text(status.error) or None,
+                "queues": status.taken,
+                "ignored": status.ignored,
+            }
+            for status in self._catalog.status()
+        ]
+        queues = [
+            self._told(state)
+            for state in self._dispatcher.queues
+            if name in {None, str(state.ref), state.ref.name}
+        ]
         return _Json(
             {
-                "queues": [
-                    {
-                        "queue": str(state.ref),
-                        "account": state.ref.account,
-                        "kind": state.backend.kind,
-                        "running": state.running,
-                        "closed_because": redact.redact_text(self._dispatcher.closed_because(state)) or None,
-                    }
-                    for state in self._dispatcher.queues
-                ]
+                "queues": queues,
+                "accounts": accounts,
+                "why": None if queues or name is None else self._why_not(name),
             }
         )
+
+    def _told(self, state: QueueState) -> dict[str, Any]:
+        return {
+            "queue": str(state.ref),
+            "account": state.ref.account,
+            "kind": state.backend.kind,
+            "running": state.running,
+            "closed_because": redact.redact_text(self._dispatcher.closed_because(state)) or None,
+        }
+
+    def _why_not(self, name: str) -> str:
+        """Why nothing is taken from a queue that is not served."""
+        bare = name.rpartition("?")[2]
+        if not self._catalog.matches(bare):
+            return f"the name {bare!r} does not match --queue-match, or matches --queue-mismatch, or is a response queue"
+        away = [status for status in self._catalog.status() if not status.ok]
+        if away:
+            told = "; ".join(
+                f"{each.account}: {redact.redact_text(each.error) or 'not asked yet'}" for each in away
+            )
+            return f"no account that answers has a queue of that name, and some do not answer: {told}"
+        return "no account has a queue of that name (a RabbitMQ queue must be bound to StudioML.topic to be found)"
+
+    async def _requeue(self, request: Request) -> Response:
+        try:
+            entry = await asyncio.to_thread(self._dead_letters.find, request.path_params["id"])
+            body = await asyncio.to_thread(lambda: entry.original)
+        except (errors.UsageError, OSError) as exc:
+            return _Json({"error": str(exc)}, status_code=404)
+        backend = self._catalog.backend(entry.ref.account)
+        if backend is None:
+            return _Json(
+                {"error": f"the account {entry.ref.account} is not configured here"}, status_code=409
+            )
+        try:
+            await backend.publish(entry.ref, body)
+        except QueueGone:
+            return _Json({"error": f"the queue {entry.ref} does not exist any more"}, status_code=409)
+        except errors.QueueUnavailable as exc:
+            return _Json({"error": redact.redact_text(str(exc))}, status_code=503)
+        await asyncio.to_thread(self._dead_letters.drop, entry)
+        return _Json({"requeued": entry.id, "queue": str(entry.ref)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import datetime as dt
 import os
@@ -12,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from runner import errors
+from runner.queues.base import QueueRef
 from runner.request.redact import redact as redact_request
 from runner.telemetry import redact
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from runner.queues.base import QueueRef
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.-]+")
 
@@ -29,6 +30,7 @@ class DeadLetter:
 
     queue: str
     account: str
+    vhost: str = ""
     reason: str
     text: str
     attempts: int
@@ -52,6 +54,27 @@ class DeadLetter:
             except UnicodeDecodeError:
                 document["body_base64"] = base64.b64encode(body).decode()
         return document
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A dead letter on disk."""
+
+    id: str  #: its file's name without the ending; times first, so that ids sort by age
+    path: Path
+    document: dict[str, Any]  #: as `DeadLetter.as_document` made it; redacted
+
+    @property
+    def original(self) -> bytes:
+        """The message as it came, secrets included. Raises OSError."""
+        return self.path.with_suffix(".body").read_bytes()
+
+    @property
+    def ref(self) -> QueueRef:
+        """The queue that it came from."""
+        account, vhost = str(self.document["account"]), str(self.document.get("vhost", ""))
+        name = str(self.document["queue"])
+        return QueueRef(account=account, vhost=vhost, name=name.removeprefix(f"{vhost}?"))
 
 
 class DeadLetters:
@@ -80,6 +103,7 @@ class DeadLetters:
         letter = DeadLetter(
             queue=str(queue),
             account=queue.account,
+            vhost=queue.vhost,
             reason=reason,
             text=redact.redact_text(text),
             attempts=attempts,
@@ -98,6 +122,35 @@ class DeadLetters:
         )
         _sync(folder)
         return path
+
+    def entries(self, queue: str | None = None) -> list[Entry]:
+        """All of them, or those of one queue, oldest first. Blocking; files that cannot be read are left out."""
+        found = []
+        for path in self.directory.glob("*/*.json"):
+            with contextlib.suppress(OSError, orjson.JSONDecodeError):
+                document = orjson.loads(path.read_bytes())
+                if queue in {None, document.get("queue")}:
+                    found.append(Entry(id=path.stem, path=path, document=document))
+        return sorted(found, key=lambda entry: entry.id)
+
+    def find(self, name: str) -> Entry:
+        """The one whose id is, begins or ends with `name`. Blocking.
+
+        Raises:
+            errors.UsageError: there is none, or more than one.
+        """
+        found = [each for each in self.entries() if each.id.startswith(name) or each.id.endswith(name)]
+        if len(found) != 1 or not name:
+            how_many = "no dead letter is" if not found else f"{len(found)} dead letters are"
+            raise errors.UsageError(
+                f"{how_many} called {name!r} below {self.directory}: `dlq list` names them"
+            )
+        return found[0]
+
+    def drop(self, entry: Entry) -> None:
+        """Remove it, for good. Blocking. Idempotent; raises OSError."""
+        entry.path.with_suffix(".body").unlink(missing_ok=True)
+        entry.path.unlink(missing_ok=True)
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -136,11 +136,12 @@ class Service:
                 stack.callback(self._parts.stores.close)
                 endpoints = Endpoints(lambda: dispatcher.notify())  # noqa: PLW0108 - made below
                 stack.push_async_callback(endpoints.aclose)
+                dead_letters = DeadLetters(state_dir / "dead-letter")
                 runs = Runs(
                     config=self._config,
                     tools=tools,
                     ledger=ledger,
-                    dead_letters=DeadLetters(state_dir / "dead-letter"),
+                    dead_letters=dead_letters,
                     states=states,
                     endpoints=endpoints,
                     changed=lambda: dispatcher.notify(),  # noqa: PLW0108 - made below
@@ -159,7 +160,7 @@ class Service:
                     changed=lambda changes: self._changed(dispatcher, changes),
                     backends=self._parts.backends,
                 )
-                await self._listen(stack, catalog, dispatcher, runs)
+                await self._listen(stack, catalog, Api(runs, dispatcher, catalog, dead_letters))
                 for backend in self._parts.backends:
                     await backend.open()
                     stack.push_async_callback(backend.aclose)
@@ -193,9 +194,7 @@ class Service:
             allocator=allocator,
         )
 
-    async def _listen(
-        self, stack: contextlib.AsyncExitStack, catalog: Catalog, dispatcher: Dispatcher, runs: Runs
-    ) -> None:
+    async def _listen(self, stack: contextlib.AsyncExitStack, catalog: Catalog, api: Api) -> None:
         def readiness() -> Readiness:
             accounts = {status.account: _problem(status) for status in catalog.status()}
             return Readiness(
@@ -207,7 +206,7 @@ class Service:
             self._config.http,
             render_metrics=self._metrics.render,
             readiness=readiness,
-            routes=Api(runs, dispatcher).routes(),
+            routes=api.routes(),
         )
         address = await server.start()
         stack.push_async_callback(server.stop)

@@ -18,7 +18,7 @@ import hashlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, order=True)
@@ -133,6 +133,12 @@ class QueueBackend(abc.ABC):
     @abc.abstractmethod
     async def aclose(self) -> None:
         """Close connections; deliveries still held go back by that. Idempotent, bounded to some seconds."""
+
+    def on_queues_changed(self, told: Callable[[], None]) -> None:  # noqa: B027 - most cannot notice
+        """Call `told`, in the loop, whenever queues come or go, where the backend notices that by itself; until `aclose`.
+
+        Does nothing where it cannot: the next discovery finds out.
+        """
 
     @abc.abstractmethod
     async def discover(self) -> list[QueueInfo]:

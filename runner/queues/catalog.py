@@ -114,6 +114,7 @@ class Catalog:
         self.remove(backend.account)
         status = AccountStatus(account=backend.account, kind=backend.kind)
         self._accounts[backend.account] = _Account(backend, status)
+        backend.on_queues_changed(self._asked.set)
         self._asked.set()
 
     def remove(self, account: str) -> None:
@@ -123,6 +124,11 @@ class Catalog:
             self._changed(
                 [Removed(queue=queue, backend=forgotten.backend) for queue in sorted(forgotten.queues)]
             )
+
+    def backend(self, account: str) -> QueueBackend | None:
+        """The backend of an account; None when there is none of that name."""
+        found = self._accounts.get(account)
+        return None if found is None else found.backend
 
     def queues(self) -> dict[QueueRef, QueueBackend]:
         """The queues that work is taken from now."""

@@ -30,6 +30,32 @@ _MASK = (
     | asyncinotify.Mask.DONT_FOLLOW
 )
 
+_ROOT_MASK = (
+    asyncinotify.Mask.CREATE
+    | asyncinotify.Mask.DELETE
+    | asyncinotify.Mask.MOVED_TO
+    | asyncinotify.Mask.MOVED_FROM
+    | asyncinotify.Mask.ONLYDIR
+)
+
+
+async def watch_root(root: Path, told: Callable[[], None]) -> None:
+    """Until cancelled: call `told` when a queue's directory was made in `root`, or removed. Returns where nothing notifies."""
+    try:
+        inotify = asyncinotify.Inotify()
+    except OSError:
+        return  # `DirectoryWatch.open` says it
+    with inotify:
+        try:
+            inotify.add_watch(root, _ROOT_MASK)
+        except OSError:
+            return
+        async for event in inotify:
+            if event.mask & asyncinotify.Mask.Q_OVERFLOW or (
+                event.mask & asyncinotify.Mask.ISDIR and event.name and not event.name.name.startswith(".")
+            ):
+                told()
+
 
 class DirectoryWatch:
     """Calls `changed(directory)` when a message may have come, or the directory has gone; `changed(None)`: any of them."""

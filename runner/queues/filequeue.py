@@ -26,7 +26,7 @@ from runner.queues.file_messages import FileSettings, Message, Take, Taker
 from runner.queues.file_names import NameSource, is_queue_name
 from runner.queues.file_owner import Owner
 from runner.queues.file_root import QueueRoot
-from runner.queues.file_watch import DirectoryWatch
+from runner.queues.file_watch import DirectoryWatch, watch_root
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -69,6 +69,7 @@ class FileBackend(QueueBackend):
         self._watch = DirectoryWatch(self._changed)
         self._keeper = Keeper(self._claims, self._settings, run=self._run, wake=self._wake, held=self._held)
         self._tasks: list[asyncio.Task[None]] = []
+        self._serving = False  #: somebody has consumed
         self._closed = False
         self._shut = False
 
@@ -99,6 +100,10 @@ class FileBackend(QueueBackend):
         self._held.clear()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
+    def on_queues_changed(self, told: Callable[[], None]) -> None:
+        """Watches the root."""
+        self._tasks.append(asyncio.create_task(watch_root(self._root.path, told), name="filequeue root"))
+
     async def discover(self) -> list[QueueInfo]:
         """Every visible sub-directory."""
         try:
@@ -109,9 +114,10 @@ class FileBackend(QueueBackend):
 
     async def consumer(self, queue: QueueRef) -> Consumer:
         """A consumer; the first one starts the watch and the keeping of claims."""
-        if not self._tasks and not self._closed:
+        if not self._serving and not self._closed:
+            self._serving = True
             self._watch.open()
-            self._tasks = [
+            self._tasks += [
                 asyncio.create_task(self._watch.run(), name="filequeue watch"),
                 asyncio.create_task(self._rescan(), name="filequeue rescan"),
                 asyncio.create_task(self._keeper.sweep(), name="filequeue sweep"),

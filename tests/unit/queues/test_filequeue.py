@@ -575,3 +575,17 @@ async def test_a_backend_that_only_publishes_leaves_no_trace(root, connect):
     assert left(root) == []
     assert [p.name for p in (root / ".claimed").iterdir()] == [".tmp"]
     assert await backend.existence(backend.ref("rmq_new")) is Existence.UNKNOWN
+
+
+async def test_a_queue_that_is_made_or_removed_is_told_at_once(tmp_path):
+    backend = FileBackend(tmp_path)
+    told = asyncio.Event()
+    backend.on_queues_changed(told.set)
+    await asyncio.sleep(0)
+    for change in ((tmp_path / "local_a").mkdir, (tmp_path / "local_a").rmdir):
+        await asyncio.sleep(0.05)
+        told.clear()
+        change()
+        async with asyncio.timeout(30):
+            await told.wait()
+    await backend.aclose()

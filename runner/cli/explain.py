@@ -1,0 +1,51 @@
+"""`studio-runner explain [QUEUE]`: why nothing is running from it. The running daemon tells."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+from urllib.parse import quote
+
+import orjson
+import typer
+
+from runner.cli import where
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the verb."""
+    app.command("explain")(explain)
+
+
+def explain(
+    queue: Annotated[
+        str | None, typer.Argument(help="A queue's name; without one: all that are served.")
+    ] = None,
+    *,
+    working_dir: where.WorkingDir = None,
+    address: where.Address = "",
+    token: where.Token = None,
+    as_json: where.AsJson = False,
+) -> None:
+    """Say of each queue whether work is taken from it, and if not, why."""
+    query = f"?queue={quote(queue)}" if queue else ""
+    answer = where.daemon(address, working_dir, token).get_json(f"/api/queues{query}")
+    if as_json:
+        typer.echo(orjson.dumps(answer, option=orjson.OPT_INDENT_2).decode())
+        return
+    for told in answer["queues"]:
+        typer.echo(f"{told['queue']} ({told['account']}): {_state(told)}")
+    if answer["why"]:
+        typer.echo(f"{queue}: {answer['why']}")
+    elif not answer["queues"]:
+        typer.echo("no queue is served")
+    for account in answer["accounts"]:
+        if account["error"]:
+            since = account["unavailable_since"] or "the start"
+            typer.echo(f"account {account['account']} does not answer since {since}: {account['error']}")
+
+
+def _state(told: dict[str, Any]) -> str:
+    running = f"{told['running']} running; " if told["running"] else ""
+    if told["closed_because"]:
+        return f"{running}no more is taken: {told['closed_because']}"
+    return f"{running}open, waiting for its next message"
