@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import sys
 import tempfile
 import threading
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, cast
 from urllib.parse import urlsplit
@@ -34,6 +36,8 @@ _NOT_FETCHED = frozenset({"output", "_metadata"})
 _SPOOL_BYTES = 1 << 20
 #: How long a cancelled transfer is waited for; the deadlines of the stores are longer.
 CANCEL_SECS = 5.0
+#: No experiment has so many objects: a listing that is longer is of something else.
+_LISTED = 1000
 
 
 class Artifacts:
@@ -92,14 +96,59 @@ class Artifacts:
             errors.ArtifactFailed, errors.ArchiveRefused, errors.StorageUnavailable: the first that went wrong; the others
                 are ended first.
         """
+        artifacts = [each for each in self._request.artifacts if each.tag not in _NOT_FETCHED]
         try:
             async with asyncio.TaskGroup() as group:
+
+                def begin(artifact: Artifact) -> None:
+                    if location := self.location(artifact.tag):
+                        group.create_task(self._fetch(artifact, location), name=f"fetch {artifact.tag}")
+
                 for artifact in self._request.artifacts:
                     self._workspace.artifact(artifact.tag).mkdir(mode=0o700, exist_ok=True)
-                    if (location := self.location(artifact.tag)) and artifact.tag not in _NOT_FETCHED:
-                        group.create_task(self._fetch(artifact, location), name=f"fetch {artifact.tag}")
+                for artifact in artifacts:
+                    if not artifact.mutable:
+                        begin(artifact)
+                mutable = [artifact for artifact in artifacts if artifact.mutable]
+                absent = await asyncio.to_thread(self._absent, mutable)
+                if absent:
+                    log.debug("mutable artifacts are not there yet", artifacts=sorted(absent))
+                for artifact in mutable:
+                    if artifact.tag not in absent:
+                        begin(artifact)
         except* errors.RunnerError as group_error:
             raise _first(group_error) from group_error
+
+    def _absent(self, artifacts: list[Artifact]) -> set[str]:
+        """Tags of artifacts that have no object yet, as far as one listing tells; blocking.
+
+        The client puts those of an experiment below `experiments/<key>/`, and most of them are made by the run. Where they
+        lie otherwise, or may not be listed, nothing is known.
+        """
+        places = {artifact.tag: self._folder(artifact) for artifact in artifacts}
+        folders = Counter(folder for folder in places.values() if folder is not None)
+        absent: set[str] = set()
+        for folder, count in folders.items():
+            if count > 1 and folder.at("") not in self._tools.unlistable:
+                try:
+                    there = {
+                        info.key for info in itertools.islice(self.store(folder).list(folder.key), _LISTED)
+                    }
+                except errors.ArtifactFailed:  # each fetch will tell why
+                    self._tools.unlistable.add(folder.at(""))
+                    continue
+                if len(there) < _LISTED:
+                    here = (tag for tag, place in places.items() if place == folder)
+                    absent |= {tag for tag in here if self._locations[tag].key not in there}
+        return absent
+
+    def _folder(self, artifact: Artifact) -> Location | None:
+        """What the client calls its experiment's directory, if the artifact is in there."""
+        location = self.location(artifact.tag)
+        if location is None or location.scheme != "s3":
+            return None
+        folder = location.key.rpartition("/")[0] + "/"
+        return location.at(folder) if f"/{folder}".endswith(f"/{self._request.key}/") else None
 
     async def _fetch(self, artifact: Artifact, location: Location) -> None:
         try:
@@ -161,11 +210,20 @@ class Artifacts:
             for artifact in self._request.artifacts
             if artifact.mutable and artifact.tag != "_metadata" and (wanted is None or artifact.tag in wanted)
         ]
-        first = [artifact for artifact in chosen if artifact.tag == "output"]
-        rest = [artifact for artifact in chosen if artifact.tag != "output"]
+        changed = await asyncio.to_thread(lambda: [each for each in chosen if self._changed(each)])
+        first = [artifact for artifact in changed if artifact.tag == "output"]
+        rest = [artifact for artifact in changed if artifact.tag != "output"]
         failed = [await self._upload(artifact) for artifact in first]
         failed += await asyncio.gather(*map(self._upload, rest))
         return [exc for exc in failed if exc is not None]
+
+    def _changed(self, artifact: Artifact) -> bool:
+        """Whether there is something to store; blocking. One that cannot be looked at has: its upload tells what is wrong."""
+        try:
+            fingerprint = archive.fingerprint(self._workspace.artifact(artifact.tag))
+        except OSError:
+            return True
+        return fingerprint is not None and fingerprint != self._stored.get(artifact.tag)
 
     async def _upload(self, artifact: Artifact) -> errors.RunnerError | None:
         location = self.location(artifact.tag)

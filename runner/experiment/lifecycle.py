@@ -213,7 +213,7 @@ class Experiment:
 
     async def _run_program(self, prepared: Prepared) -> Outcome:
         self._enter("running")
-        await asyncio.to_thread(self._record.running, prepared.facts)
+        self._record.running(prepared.facts)
         command = Command(
             argv=prepared.argv, env=prepared.env, cwd=self.workspace.workspace, output=self.workspace.output
         )

@@ -58,6 +58,7 @@ class Record:
         self._lock = threading.Lock()
         self._stored: dict[str, tuple[int, int]] = {}  # object name -> size and mtime of what it holds
         self._document: Document | None = None
+        self._facts: dict[str, object] | None = None
         self._exit: ProcessExit | None = None
         self._outcome: Outcome | None = None
         self._stopped: float | None = None
@@ -68,9 +69,8 @@ class Record:
         return self._document.last if self._document is not None else None
 
     def running(self, facts: Mapping[str, object]) -> None:
-        """The workload is about to start; `facts` are the executor's. Blocking."""
-        with self._lock:
-            self._begun().note(environment=dict(facts))
+        """The workload is about to start; `facts` are the executor's. Nothing is written yet."""
+        self._facts = dict(facts)
 
     def ended(self, ended: ProcessExit) -> None:
         """How the workload's processes ended, and what they used."""
@@ -159,6 +159,8 @@ class Record:
                 attempt=self._experiment.attempt,
                 **machine,
             )
+            if self._facts is not None:
+                self._document.note(environment=self._facts)
         return self._document
 
     def _asset(self) -> str | None:

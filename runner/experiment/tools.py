@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from runner.executors.base import Executor
     from runner.process.spawner import Spawner
     from runner.resources.allocator import Allocator
+    from runner.storage.base import Location
     from runner.storage.cache import ArtifactCache
     from runner.storage.registry import Stores
     from runner.telemetry.metrics import Metrics
@@ -27,3 +28,6 @@ class Tools:
     cache: ArtifactCache | None  #: None: every artifact is fetched anew
     metrics: Metrics
     allocator: Allocator
+    unlistable: set[Location] = dataclasses.field(
+        default_factory=set
+    )  #: places whose objects may not be listed
