@@ -8,6 +8,7 @@ import itertools
 import sys
 import tempfile
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, cast
@@ -34,6 +35,11 @@ log = structlog.get_logger(__name__)
 _NOT_FETCHED = frozenset({"output", "_metadata"})
 #: An archive up to this size is packed in memory, a larger one in a file of the run's directory.
 _SPOOL_BYTES = 1 << 20
+#: A completion service notes the time of submission when the broker has confirmed the message, for which it looks once a
+#: second; results that are older it waits for without end. Ours may be there before, or have been written by a slow clock.
+SUBMISSION_SECS = 3.0
+#: A client's clock that is further ahead than this is not believed.
+SKEW_SECS = 86_400.0
 #: How long a cancelled transfer is waited for; the deadlines of the stores are longer.
 CANCEL_SECS = 5.0
 #: No experiment has so many objects: a listing that is longer is of something else.
@@ -259,6 +265,7 @@ class Artifacts:
                         artifact.tag, from_completion_service=self._request.from_completion_service
                     ),
                     compression=archive.compression_for(location.key),
+                    not_before=_not_before(artifact, self._request),
                 )
                 for warning in result.warnings:
                     log.warning("artifact", artifact=artifact.tag, warning=warning)
@@ -277,6 +284,13 @@ def _retrieve(thread: asyncio.Task[None]) -> None:
     """A transfer that nobody waits for any more may fail in peace."""
     if not thread.cancelled():
         thread.exception()
+
+
+def _not_before(artifact: Artifact, request: Request) -> float:
+    """What a result must not be older than for its reader to take it (INTEROP.md 4.2); 0: it does not matter."""
+    if artifact.tag != "retval" or not request.from_completion_service or request.sent is None:
+        return 0.0
+    return min(request.sent, time.time() + SKEW_SECS) + SUBMISSION_SECS
 
 
 def _basename(location: Location, artifact: Artifact) -> str:

@@ -65,6 +65,7 @@ def _request(top: wire.Message, *, raw: dict[str, Any], notes: Notes) -> Request
         storage=_endpoint(config.storage, notes.at("config.storage")),
         database=_endpoint(config.database, notes.at("config.database")),
         time_added=experiment.time_added if (experiment.time_added or 0) > _EARLIEST_TIME else None,
+        sent=experiment.time_last_checkpoint or experiment.time_added,
         lifetime_secs=config.experimentLifetime,
         max_duration_secs=_max_duration(experiment.max_duration, notes.at("experiment")),
         checkpoint_secs=_interval(config.saveWorkspaceFrequency),

@@ -79,6 +79,7 @@ class Request:
     storage: Endpoint | None = None
     database: Endpoint | None = None
     time_added: float | None = None  #: unix seconds
+    sent: float | None = None  #: unix seconds: the last that the client wrote down before it published
     lifetime_secs: float | None = None  #: `config.experimentLifetime`; may be negative (already expired)
     max_duration_secs: float | None = None
     checkpoint_secs: float = 60.0  #: `saveWorkspaceFrequency`, clamped to 10 s .. 12 h (INTEROP.md 3.7)

@@ -177,6 +177,7 @@ class Experiment(Wire):
     resources_needed: Any = None
     artifacts: Any = None
     time_added: Instant = None
+    time_last_checkpoint: Instant = None
     max_duration: Secs = None
 
 

@@ -90,8 +90,11 @@ class Captured:
         with self.seaweedfs.client().get_object(BUCKET, key) as answer:
             return bytes(answer.read())
 
+    def opened(self, key: str) -> tarfile.TarFile:
+        return tarfile.open(fileobj=io.BytesIO(self.get(key)))
+
     def members(self, key: str) -> dict[str, bytes]:
-        with tarfile.open(fileobj=io.BytesIO(self.get(key))) as archive:
+        with self.opened(key) as archive:
             return {
                 member.name: (archive.extractfile(member) or io.BytesIO()).read()
                 for member in archive.getmembers()
@@ -170,6 +173,8 @@ def test_a_message_whose_lifetime_is_over_ends_without_a_run(captured: Captured,
 
 def test_captured_messages_run(captured: Captured, daemon: Daemon):
     messages = {case: captured.fresh(case) for case in CASES}
+    ahead = time.time() + 60  # the clock of the client
+    messages["completion-0"]["experiment"]["time_last_checkpoint"] = ahead
     runs_before = len(daemon.get("/api/runs")["recent"])
     for case, message in messages.items():
         captured.publish(case, message)
@@ -202,3 +207,7 @@ def test_captured_messages_run(captured: Captured, daemon: Daemon):
     retval = captured.members("experiments/completion_service_csdemo_0/retval.tar")
     assert list(retval) == ["./retval"]  # with any other name the service waits for ever
     assert pickle.loads(retval["./retval"]) == [[1, "two"], "single\n"]
+    with captured.opened("experiments/completion_service_csdemo_0/retval.tar") as archive:
+        assert (
+            archive.getmember("./retval").mtime > ahead + 1
+        )  # nor does it take what seems older than its submission

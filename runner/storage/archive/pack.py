@@ -73,6 +73,7 @@ def pack(
     *,
     style: PackStyle,
     compression: Compression = Compression.NONE,
+    not_before: float = 0.0,
     cancelled: threading.Event | None = None,
 ) -> Packed:
     """Write what `directory` holds to `out` as a tar with PAX headers, in a stable order; blocks, memory is bounded.
@@ -80,10 +81,10 @@ def pack(
     In each directory files come first, and the one named like the directory (`output/output`) before all others: log readers
     take the first entry. No link is followed. What changes meanwhile is packed as long as its header says: cut, or padded with
     zeros. What vanishes, cannot be read, leads out of the directory or is no file, directory or link is left out with a
-    warning. Raises OSError when `directory` or `out` fails, `Stopped` once `cancelled` is set.
+    warning. Times of modification before `not_before` (unix seconds) are written as that. Raises OSError when `directory` or `out` fails, `Stopped` once `cancelled` is set.
     """
     sink = _compressed(out, compression)
-    packer = _Packer(sink, cancelled)
+    packer = _Packer(sink, not_before, cancelled)
     top = os.open(directory, _OPEN_DIRECTORY)
     try:
         packer.run(top, directory.name, style)
@@ -152,12 +153,13 @@ def _compressed(out: BinaryIO, compression: Compression) -> BinaryIO:
 class _Packer:
     """One archive on its way out."""
 
-    def __init__(self, sink: BinaryIO, cancelled: threading.Event | None) -> None:
+    def __init__(self, sink: BinaryIO, not_before: float, cancelled: threading.Event | None) -> None:
         self.entries = 0
         self.bytes = 0
         self.offset = 2 * tarfile.BLOCKSIZE  #: of the archive's end, its marker included
         self.warnings: list[str] = []
         self._sink = sink
+        self._not_before = not_before
         self._cancelled = cancelled
 
     def run(self, top: int, name: str, style: PackStyle) -> None:
@@ -248,9 +250,8 @@ class _Packer:
         header = tarfile.TarInfo(path)  # no owner: what runs here means nothing elsewhere
         header.type = kind
         header.mode = stat.S_IMODE(info.st_mode) & 0o777
-        header.mtime = cast(
-            "int", info.st_mtime
-        )  # with its fraction: clients compare it with the time of submission
+        # With its fraction: clients compare it with the time of submission.
+        header.mtime = cast("int", max(info.st_mtime, self._not_before))
         header.linkname = target
         if kind == tarfile.REGTYPE:
             header.size = info.st_size

@@ -278,6 +278,12 @@ def test_time_added(wire, at):
     assert decoded({"time_added": wire}).time_added == at
 
 
+def test_sent_is_the_last_time_that_the_client_wrote_down():
+    assert decoded({"time_added": 1.7e9, "time_last_checkpoint": 1.7e9 + 5}).sent == 1.7e9 + 5
+    assert decoded({"time_added": 1.7e9, "time_last_checkpoint": "late"}).sent == 1.7e9
+    assert decoded({}).sent is None
+
+
 @pytest.mark.parametrize("wire", [True, False, None, "no", 0])
 def test_the_mere_presence_of_from_compl_service_counts(wire):
     assert decoded({"from_compl_service": wire}).from_completion_service is True

@@ -189,6 +189,16 @@ def test_times_keep_their_fractions(full):
         assert {(member.uid, member.gid, member.uname) for member in made} == {(0, 0, "")}
 
 
+def test_times_can_have_a_lower_limit(full):
+    target = io.BytesIO()
+    pack(full, target, style=PackStyle.TREE, not_before=1_600_000_001.5)
+    with tarfile.open(fileobj=io.BytesIO(target.getvalue())) as made:
+        assert made.getmember("./a.txt").mtime == 1_600_000_001.5
+        later = {member.name: member.mtime for member in made if member.mtime != 1_600_000_001.5}
+    assert later == {name: (full / name).lstat().st_mtime for name in later}
+    assert later
+
+
 @pytest.mark.parametrize("style", STYLES)
 def test_an_empty_directory_is_an_archive_without_entries(style, tmp_path):
     data, result = packed(tmp_path, style)
