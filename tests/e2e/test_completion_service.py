@@ -89,10 +89,10 @@ def daemon(
 
 
 def test_results_come_back_to_the_completion_service(
-    client_interpreter, daemon: Daemon, rabbitmq: RabbitmqServer, seaweedfs, tmp_path
+    client_interpreter, client_broker, daemon: Daemon, *, rabbitmq: RabbitmqServer, seaweedfs, tmp_path
 ):
     client = account(
-        client_interpreter, tmp_path / "home", rabbitmq, seaweedfs, BUCKET, env={"PYTHONPATH": "."}
+        client_interpreter, tmp_path / "home", client_broker, seaweedfs, BUCKET, env={"PYTHONPATH": "."}
     )
     (tmp_path / "job.py").write_text(JOB)
     (tmp_path / "mydata.txt").write_text("some data")

@@ -45,10 +45,10 @@ def bucket(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def make_client(
-    tmp_path: Path, client_interpreter: Path, rabbitmq: RabbitmqServer, seaweedfs: SeaweedFs, bucket: str
+    tmp_path: Path, client_interpreter: Path, client_broker: str, seaweedfs: SeaweedFs, bucket: str
 ) -> Callable[..., StudiomlClient]:
     def make(**changes: Any) -> StudiomlClient:
-        return account(client_interpreter, tmp_path / "home", rabbitmq, seaweedfs, bucket, **changes)
+        return account(client_interpreter, tmp_path / "home", client_broker, seaweedfs, bucket, **changes)
 
     return make
 
@@ -240,10 +240,10 @@ def test_an_experiment_that_takes_too_long_is_ended_and_its_results_are_kept(
 
 
 def test_a_persistent_queue_is_served_and_stays_persistent(
-    daemon: Daemon, make_client, rabbitmq, bucket, tmp_path
+    daemon: Daemon, make_client, *, rabbitmq, client_broker, tmp_path
 ):
     queue = f"{QUEUES}lasting"
-    client = make_client(cloud={"queue": {"rmq": rabbitmq.url(), "persistent": True}})
+    client = make_client(cloud={"queue": {"rmq": client_broker, "persistent": True}})
     client.submit(
         written(tmp_path / "ws", fail__py="raise SystemExit(3)"),
         *(f"--queue={queue}", "--experiment=lasting", "fail.py"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+import time
 from typing import TYPE_CHECKING
 
 from tests.servers.rabbitmq import free_ports
@@ -16,8 +17,9 @@ if TYPE_CHECKING:
 class Proxy:
     """Forwards 127.0.0.1:`port` to a target until told otherwise."""
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, *, delay_secs: float = 0.0) -> None:
         self._target = (host, port)
+        self._delay_secs = delay_secs  #: of answers
         self._listener: socket.socket | None = None
         self._lock = threading.Lock()
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
@@ -92,15 +94,26 @@ class Proxy:
             for one in (client, server):
                 one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             done = threading.Semaphore(0)
-            for source, sink, gate in ((client, server, self._to_server), (server, client, self._to_client)):
-                threading.Thread(target=self._pump, args=(source, sink, gate, done), daemon=True).start()
+            for source, sink, gate, delay in (
+                (client, server, self._to_server, 0.0),
+                (server, client, self._to_client, self._delay_secs),
+            ):
+                threading.Thread(
+                    target=self._pump, args=(source, sink, gate, delay, done), daemon=True
+                ).start()
             threading.Thread(target=self._bury, args=(client, server, done), daemon=True).start()
 
+    @staticmethod
     def _pump(
-        self, source: socket.socket, sink: socket.socket, gate: threading.Event, done: threading.Semaphore
+        source: socket.socket,
+        sink: socket.socket,
+        gate: threading.Event,
+        delay_secs: float,
+        done: threading.Semaphore,
     ) -> None:
         with contextlib.suppress(OSError):
             while chunk := source.recv(65536):
+                time.sleep(delay_secs)
                 gate.wait()
                 sink.sendall(chunk)
         for one in (source, sink):
@@ -118,9 +131,9 @@ class Proxy:
 
 
 @contextlib.contextmanager
-def proxy(host: str, port: int) -> Iterator[Proxy]:
-    """A proxy to host:port, closed afterwards."""
-    one = Proxy(host, port)
+def proxy(host: str, port: int, *, delay_secs: float = 0.0) -> Iterator[Proxy]:
+    """A proxy to host:port, closed afterwards. `delay_secs`: how long each piece of an answer takes."""
+    one = Proxy(host, port, delay_secs=delay_secs)
     try:
         yield one
     finally:

@@ -2,7 +2,7 @@
 
 Listed in `pytest_plugins` of tests/conftest.py. As a test uses it::
 
-    client = account(client_interpreter, tmp_path / "home", rabbitmq, seaweedfs, bucket)
+    client = account(client_interpreter, tmp_path / "home", client_broker, seaweedfs, bucket)
     client.submit(workspace, "--queue=rmq_x", "--experiment=one", "script.py", "--arg", "two words")
     with serving(tmp_path / "daemon", rabbitmq, client_environments, match="^rmq_x$") as daemon:
         run = ended(daemon, "one")
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.servers.daemon import Daemon
+from tests.servers.proxy import proxy
 from tests.servers.seaweedfs import ADMIN
 
 if TYPE_CHECKING:
@@ -114,6 +115,18 @@ def client_interpreter() -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
+def client_broker(rabbitmq: RabbitmqServer) -> Iterator[str]:
+    """The URL of the broker for clients: it answers as if it were on another machine.
+
+    The client notes that it waits for a confirmation after it has published; one that is there before, as happens on
+    loopback, ends its connection, and the submission fails although the message was published.
+    """
+    with proxy(rabbitmq.host, rabbitmq.port, delay_secs=0.02) as distant:
+        who = f"{rabbitmq.user}:{rabbitmq.password}@{rabbitmq.host}:{distant.port}"
+        yield f"amqp://{who}/%2F?connection_attempts=3&retry_delay=.5&socket_timeout=5"
+
+
+@pytest.fixture(scope="session")
 def client_environments() -> pathlib.Path:
     """The runner's cache of environments for the client's messages, kept from one test run to the next.
 
@@ -127,12 +140,15 @@ def client_environments() -> pathlib.Path:
 def account(
     interpreter: pathlib.Path,
     home: pathlib.Path,
-    rabbitmq: RabbitmqServer,
+    broker: str,
     seaweedfs: SeaweedFs,
     bucket: str,
     **changes: Any,
 ) -> StudiomlClient:
-    """An experimenter whose results go to `bucket`; `changes` are members of the configuration."""
+    """An experimenter who publishes at `broker` (`client_broker`) and whose results go to `bucket`.
+
+    `changes` are members of the configuration.
+    """
     home.mkdir(parents=True, exist_ok=True)
     seaweedfs.make_bucket(bucket)
     credentials = {"aws": {"access_key": ADMIN.access_key, "secret_access_key": ADMIN.secret_key}}
@@ -142,7 +158,6 @@ def account(
         "bucket": bucket,
         "credentials": credentials,
     }
-    broker = rabbitmq.url(query="?connection_attempts=3&retry_delay=.5&socket_timeout=5")
     config = {
         "database": storage | {"authentication": "none"},
         "storage": storage,
