@@ -7,5 +7,6 @@ pytest_plugins = [
     "tests.servers.faulty_http",
     "tests.servers.rabbitmq",
     "tests.servers.seaweedfs",
+    "tests.servers.moto_sqs",  # it uses the one before
     "tests.servers.studioml_client",
 ]

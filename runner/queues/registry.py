@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 BACKENDS = {
     "local": "runner.queues.filequeue:FileBackend",
     "rabbitMQ": "runner.queues.rabbitmq:RabbitmqBackend",
+    "sqs": "runner.queues.sqs:SqsBackend",
 }
 
 

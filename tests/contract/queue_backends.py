@@ -22,6 +22,8 @@ from runner.queues.file_names import is_message_name
 from runner.queues.filequeue import FileBackend
 from runner.queues.memory import MemoryBackend, MemoryBroker
 from runner.queues.rabbitmq import RabbitmqBackend
+from runner.queues.sqs import SqsBackend
+from runner.queues.sqs_access import SqsTiming
 from tests.servers.proxy import Proxy, proxy
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from runner.queues.base import QueueBackend
+    from tests.servers.moto_sqs import SqsServer
     from tests.servers.rabbitmq import RabbitmqServer
 
 
@@ -38,6 +41,7 @@ class QueueHarness(abc.ABC):
 
     delays: bool = True  #: `requeue(delay_secs)` is honoured by the backend
     redelivers_at_head: bool = True  #: what is given back comes before what was published later
+    any_bytes: bool = True  #: bodies may be empty or binary; else they are text
 
     @abc.abstractmethod
     def connect(self) -> QueueBackend:
@@ -151,6 +155,40 @@ class RabbitmqHarness(QueueHarness):
         self.server.api("DELETE", f"/api/users/{self.user}")
 
 
+class SqsHarness(QueueHarness):
+    """SQS over a proxy. A "broken connection" is a network that is away for longer than a message is held unrenewed."""
+
+    TIMING = SqsTiming(poll_secs=2, visibility_secs=6, confirm_secs=0.5, retry_secs=0.5)
+    any_bytes = False
+
+    def __init__(self, server: SqsServer, way: Proxy, keep: Path) -> None:
+        self.server = server
+        self.way = way
+        self.keep = keep
+
+    def connect(self) -> QueueBackend:
+        return SqsBackend(self.server.account(port=self.way.port), keep=self.keep, timing=self.TIMING)
+
+    async def declare(self, name: str) -> QueueRef:
+        name = name.replace(" ", "-")
+        await asyncio.to_thread(self.server.create, name)
+        return QueueRef(account="account", name=name)
+
+    async def delete(self, queue: QueueRef) -> None:
+        await asyncio.to_thread(self.server.delete, queue.name)
+
+    async def depth(self, queue: QueueRef) -> int:
+        return await asyncio.to_thread(self.server.depth, queue.name)
+
+    async def break_connection(self, backend: QueueBackend) -> None:
+        assert isinstance(backend, SqsBackend)
+        self.way.refuse()
+        self.way.cut()
+        while await asyncio.to_thread(self.server.held, "rmq_contract"):
+            await asyncio.sleep(0.1)
+        self.way.listen()
+
+
 @contextlib.asynccontextmanager
 async def memory(_request: pytest.FixtureRequest) -> AsyncIterator[QueueHarness]:
     yield MemoryHarness()
@@ -172,6 +210,14 @@ async def rabbitmq(request: pytest.FixtureRequest) -> AsyncIterator[QueueHarness
         await asyncio.to_thread(harness.remove)
 
 
+@contextlib.asynccontextmanager
+async def sqs(request: pytest.FixtureRequest) -> AsyncIterator[QueueHarness]:
+    server: SqsServer = request.getfixturevalue("sqs_server")
+    with proxy("127.0.0.1", server.port) as way:
+        yield SqsHarness(server, way, request.getfixturevalue("tmp_path") / "kept")
+        await asyncio.to_thread(server.clear)
+
+
 @dataclasses.dataclass(frozen=True)
 class Entry:
     factory: Callable[[pytest.FixtureRequest], AbstractAsyncContextManager[QueueHarness]]
@@ -183,4 +229,5 @@ BACKENDS: dict[str, Entry] = {
     "memory": Entry(memory),
     "filequeue": Entry(filequeue),
     "rabbitmq": Entry(rabbitmq, (pytest.mark.service,)),
+    "sqs": Entry(sqs, (pytest.mark.service,)),
 }
