@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 BACKENDS = {
     "local": "runner.queues.filequeue:FileBackend",
+    "pubsub": "runner.queues.pubsub:PubsubBackend",
     "rabbitMQ": "runner.queues.rabbitmq:RabbitmqBackend",
     "sqs": "runner.queues.sqs:SqsBackend",
 }

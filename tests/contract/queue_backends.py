@@ -9,6 +9,7 @@ import abc
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import shutil
 import socket
 import uuid
@@ -21,10 +22,13 @@ from runner.queues.file_messages import FileSettings
 from runner.queues.file_names import is_message_name
 from runner.queues.filequeue import FileBackend
 from runner.queues.memory import MemoryBackend, MemoryBroker
+from runner.queues.pubsub import PubsubBackend
+from runner.queues.pubsub_account import PubsubAccount, PubsubTimes
 from runner.queues.rabbitmq import RabbitmqBackend
 from runner.queues.sqs import SqsBackend
 from runner.queues.sqs_access import SqsTiming
 from tests.servers.proxy import Proxy, proxy
+from tests.servers.pubsub import PubsubServer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -189,6 +193,44 @@ class SqsHarness(QueueHarness):
         self.way.listen()
 
 
+class PubsubHarness(QueueHarness):
+    """A project of its own, reached through a proxy. A hold is lost by a network that is away for longer than the lease."""
+
+    TIMES = PubsubTimes(lease_secs=2)
+
+    def __init__(self, port: int, way: Proxy, *, exactly_once: bool) -> None:
+        self.server = PubsubServer(port, project=f"contract-{uuid.uuid4().hex[:12]}")
+        self.way = way
+        self.exactly_once = exactly_once
+
+    def connect(self) -> QueueBackend:
+        address = f"127.0.0.1:{self.way.port}"
+        account = PubsubAccount(label="account", project=self.server.project, emulator=address)
+        return PubsubBackend(account, times=self.TIMES)
+
+    async def declare(self, name: str) -> QueueRef:
+        """Counted: one backend learns only so that another one had a message."""
+        name = name.replace(" ", "-")  # no name of Pub/Sub's has a space
+        await asyncio.to_thread(self.server.declare, name, exactly_once=self.exactly_once, counted=True)
+        return QueueRef(account="account", name=name)
+
+    async def delete(self, queue: QueueRef) -> None:
+        await asyncio.to_thread(self.server.delete, queue.name)
+
+    async def depth(self, queue: QueueRef) -> int:
+        return await asyncio.to_thread(self.server.ready, queue.name)
+
+    async def break_connection(self, backend: QueueBackend) -> None:
+        assert isinstance(backend, PubsubBackend)
+        held = tuple(backend._ledger.held.values())
+        for delivery in held:
+            await delivery._renewed.wait()
+        self.way.blackhole()
+        for delivery in held:
+            await delivery.lost.wait()
+        self.way.resume()
+
+
 @contextlib.asynccontextmanager
 async def memory(_request: pytest.FixtureRequest) -> AsyncIterator[QueueHarness]:
     yield MemoryHarness()
@@ -218,6 +260,17 @@ async def sqs(request: pytest.FixtureRequest) -> AsyncIterator[QueueHarness]:
         await asyncio.to_thread(server.clear)
 
 
+@contextlib.asynccontextmanager
+async def pubsub(
+    request: pytest.FixtureRequest, *, exactly_once: bool = False
+) -> AsyncIterator[QueueHarness]:
+    server: PubsubServer = request.getfixturevalue("pubsub")
+    with proxy(server.host, server.port) as way:
+        harness = PubsubHarness(server.port, way, exactly_once=exactly_once)
+        with contextlib.closing(harness.server):
+            yield harness
+
+
 @dataclasses.dataclass(frozen=True)
 class Entry:
     factory: Callable[[pytest.FixtureRequest], AbstractAsyncContextManager[QueueHarness]]
@@ -229,5 +282,7 @@ BACKENDS: dict[str, Entry] = {
     "memory": Entry(memory),
     "filequeue": Entry(filequeue),
     "rabbitmq": Entry(rabbitmq, (pytest.mark.service,)),
+    "pubsub": Entry(pubsub, (pytest.mark.service,)),
+    "pubsub-exactly-once": Entry(functools.partial(pubsub, exactly_once=True), (pytest.mark.service,)),
     "sqs": Entry(sqs, (pytest.mark.service,)),
 }
