@@ -81,7 +81,9 @@ def pack(
     In each directory files come first, and the one named like the directory (`output/output`) before all others: log readers
     take the first entry. No link is followed. What changes meanwhile is packed as long as its header says: cut, or padded with
     zeros. What vanishes, cannot be read, leads out of the directory or is no file, directory or link is left out with a
-    warning. Times of modification before `not_before` (unix seconds) are written as that. Raises OSError when `directory` or `out` fails, `Stopped` once `cancelled` is set.
+    warning. Times of modification before `not_before` (unix seconds) are written as that.
+
+    Raises OSError when `directory` or `out` fails, `Stopped` once `cancelled` is set.
     """
     sink = _compressed(out, compression)
     packer = _Packer(sink, not_before, cancelled)
