@@ -32,7 +32,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", action="append", choices=PARTS, help="measure only this; may be repeated")
     parser.add_argument("--quick", action="store_true", help="short: shows that it works, figures are coarse")
     parser.add_argument("--archive-size", default=None, help="of the S3 archive (default 1GiB, quick 64MiB)")
-    parser.add_argument("--output-size", default=None, help="that a workload prints (default 1GB, quick 50MB)")
+    parser.add_argument(
+        "--output-size", default=None, help="that a workload prints (default 1GB, quick 50MB)"
+    )
     parser.add_argument("--results", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results")
     options = parser.parse_args(arguments)
     began = time.monotonic()

