@@ -42,6 +42,14 @@ class Paths:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RmqLease:
+    """How long runs hold their RabbitMQ messages (docs/leases.md)."""
+
+    secs: float = 600.0  #: a dead runner's message returns after so long; renewed three times as often
+    hand_over_secs: float = 60.0  #: a message that is held for longer moves to its lease
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Queues:
     """Which queues, and how their accounts are opened."""
 
@@ -50,6 +58,16 @@ class Queues:
     refresh_secs: float = 10.0
     amqp_url: str | None = dataclasses.field(default=None, repr=False)
     amqp_management_url: str | None = dataclasses.field(default=None, repr=False)
+    rmq_lease: RmqLease | None = RmqLease()  #: None: RabbitMQ messages are held by their channels only
+    certs: tuple[
+        tuple[Path, str], ...
+    ] = ()  #: directories of credentials, and what their accounts' labels begin with
+    google_key: Path | None = None  #: GOOGLE_APPLICATION_CREDENTIALS: one service account's key
+    pubsub_emulator: str = ""  #: PUBSUB_EMULATOR_HOST: host:port, spoken to instead of Google
+    pubsub_timeout_secs: float = 5.0
+    aws_ambient: bool = False
+    aws_region: str = ""  #: empty: what the chain says
+    sqs_timeout_secs: float = 15.0
     root: Path | None = None  #: directory queues below it; None with no other account: `<working-dir>/queue`
 
 
@@ -258,8 +276,13 @@ class _Builder:
 
     def _queues(self, paths: Paths) -> Queues:
         amqp_url = self._values["amqp-url"]
+        named = {"": "certs-dir", "sqs-certs/": "sqs-certs", "google-certs/": "google-certs"}
+        certs = tuple(
+            (path, prefix) for prefix, name in named.items() if (path := self._path(name)) is not None
+        )
+        key = self._environ.get("GOOGLE_APPLICATION_CREDENTIALS", "")
         root = self._path("queue-root")
-        if root is None and amqp_url is None:
+        if root is None and not (amqp_url or certs or key or self._values["aws-ambient"]):
             root = paths.working_dir / "queue"
         return Queues(
             match=self._values["queue-match"],
@@ -267,6 +290,14 @@ class _Builder:
             refresh_secs=self._values["queue-refresh"],
             amqp_url=amqp_url,
             amqp_management_url=self._values["amqp-mgt-url"],
+            rmq_lease=_rmq_lease(self._values["rmq-lease"]),
+            certs=certs,
+            google_key=self._cwd / key if key else None,
+            pubsub_emulator=self._environ.get("PUBSUB_EMULATOR_HOST", ""),
+            pubsub_timeout_secs=self._values["pubsub-timeout"],
+            aws_ambient=self._values["aws-ambient"],
+            aws_region=self._values["aws-region"] or "",
+            sqs_timeout_secs=self._values["sqs-timeout"],
             root=root,
         )
 
@@ -300,6 +331,13 @@ class _Builder:
         if "log-level" not in self._given:
             level = _logxi_level(self._environ.get("LOGXI", "")) or level
         return Logs(level=level, format=style, width=width)
+
+
+def _rmq_lease(secs: float | None) -> RmqLease | None:
+    """0 is off; None is auto: short network cuts are covered too, and no run of a minute pays for it."""
+    if secs is None:
+        return RmqLease()
+    return RmqLease(secs=secs, hand_over_secs=secs / 2) if secs else None
 
 
 def _logxi_level(spec: str) -> str | None:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 MIN_CACHE_BYTES = 100_000_000
+MIN_LEASE_SECS = 1.0
+MAX_LEASE_SECS = 24 * 3600.0
 _MAX_PORT = 65535
 
 
@@ -97,6 +99,17 @@ def _duration(text: str) -> float:
     return secs
 
 
+def _lease(text: str) -> float | None:
+    """Seconds; 0 for off, None for auto."""
+    word = text.strip().lower()
+    if word in {"off", "auto"}:
+        return 0.0 if word == "off" else None
+    secs = _duration(word)
+    if not MIN_LEASE_SECS <= secs <= MAX_LEASE_SECS:
+        raise ValueError(f"not from {MIN_LEASE_SECS:g} s to a day")
+    return secs
+
+
 def _regex(text: str) -> re.Pattern[str]:
     if not text:
         raise ValueError("empty; '.*' takes every queue")
@@ -167,6 +180,7 @@ COUNT = Kind(metavar="N", parse=_count, example="4")
 SIZE = Kind(metavar="SIZE", parse=_size, example="512gb")
 CACHE_SIZE = Kind(metavar="SIZE", parse=_cache_size, example="10gb")
 DURATION = Kind(metavar="DURATION", parse=_duration, example="1h30m")
+LEASE = Kind(metavar="off|auto|SECONDS", parse=_lease, example="600")
 REGEX = Kind(metavar="REGEX", parse=_regex, example="'^(rmq|local)_.*$'")
 AMQP_URL = Kind(metavar="URL", parse=_url("amqp", "amqps"), example="'amqp://${USER}:${PASSWORD}@host:5672/'")
 HTTP_URL = Kind(metavar="URL", parse=_url("http", "https"), example="http://host:15672")
@@ -207,6 +221,32 @@ OPTIONS: tuple[Option, ...] = (
             "its management API, where it is not at the broker's host, port 15672",
             expands=True,
             secret=True,
+        ),
+        _o(
+            "certs-dir",
+            PATH,
+            "",
+            "a directory of credentials, watched: each file or folder in it opens an account",
+            example="/etc/studio-runner/certs",
+        ),
+        _o("sqs-certs", PATH, "", "one more of these; by custom of AWS folders (credentials and config)"),
+        _o("google-certs", PATH, "", "one more of these; by custom of Google service accounts' JSON"),
+        _o("aws-ambient", FLAG, "false", "SQS by AWS's own chain: environment, home directory, machine"),
+        _o(
+            "aws-region",
+            TEXT,
+            "",
+            "its region (the variable AWS_REGION is not ours)",
+            in_env=False,
+            default_text="what the chain says, else us-west-2",
+        ),
+        _o("sqs-timeout", DURATION, "15s", "limit of an SQS call"),
+        _o("pubsub-timeout", DURATION, "5s", "limit of a Pub/Sub call"),
+        _o(
+            "rmq-lease",
+            LEASE,
+            "auto",
+            "how long the RabbitMQ message of a long run outlives its runner; auto: 10 minutes, from a minute on",
         ),
         _o(
             "queue-root",
@@ -340,19 +380,6 @@ OPTIONS: tuple[Option, ...] = (
             "keys that encrypt reports",
             missing="the encryption of reports",
         ),
-        _o("certs-dir", PATH, "", "root of such directories", missing="encryption"),
-        _o("sqs-certs", PATH, "", "AWS credentials for SQS", missing="SQS"),
-        _o("sqs-timeout", DURATION, "15s", "limit of an SQS call", missing="SQS"),
-        _o(
-            "aws-region",
-            TEXT,
-            "us-west-2",
-            "SQS region (the variable AWS_REGION is not ours)",
-            missing="SQS",
-            in_env=False,
-        ),
-        _o("google-certs", PATH, "", "Pub/Sub credentials", missing="Pub/Sub"),
-        _o("pubsub-timeout", DURATION, "5s", "limit of a Pub/Sub call", missing="Pub/Sub"),
         _o(
             "k8s-namespace",
             TEXT,

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from runner.daemon.queuestate import QueueState
     from runner.daemon.runstate import RunStates
     from runner.experiment.tools import Tools
-    from runner.queues.base import Delivery
+    from runner.queues.base import Delivery, QueueBackend
     from runner.request.model import Request
     from runner.resources.allocator import Allocation
 
@@ -57,6 +57,7 @@ class Active:
     attempt: int
     state: RunState
     started: float = dataclasses.field(default_factory=time.time)
+    backend: QueueBackend | None = None  #: that of its delivery; a queue may get another one while it runs
     settling: bool = False  #: its delivery is being ended: what comes again from now on is no copy of it
     task: asyncio.Task[None] | None = None
 
@@ -175,6 +176,7 @@ class Runs:
         )
 
     def _begin(self, active: Active, allocation: Allocation | None) -> None:
+        active.backend = active.queue.backend
         self._active[active.state.run_id] = active
         active.queue.running += 1
         self.started_total += 1
@@ -190,12 +192,13 @@ class Runs:
         """
         for active in twins:
             if active.delivery.lost.is_set():
-                active.delivery = delivery
+                active.delivery, active.backend = delivery, active.queue.backend
                 log.info(
                     "adopted the redelivered message of a run in progress",
                     queue=str(delivery.queue),
                     run=active.state.run_id,
                 )
+                await delivery.began(active.attempt)
                 return
         await delivery.ack()
         log.warning(
@@ -243,10 +246,23 @@ class Runs:
         while True:
             delivery = active.delivery
             await delivery.lost.wait()
-            log.warning("the message of a run in progress was lost; the run goes on and waits for it")
+            if not delivery.superseded:
+                log.warning("the message of a run in progress was lost; the run goes on and waits for it")
             while active.delivery is delivery:
+                if delivery.superseded:
+                    self._supersede(active)
+                    return
                 self._changed()
                 await asyncio.sleep(LOSS_SECS)
+
+    def _supersede(self, active: Active) -> None:
+        """Another runner has its message: two runs of it must not both store results. What has ended already, stores its own."""
+        log.warning("another runner may have the message of a run in progress: stopping it")
+        if active.state.outcome is None:
+            active.experiment.stop(
+                errors.Reason.LEASE_LOST,
+                "its lease was lost: another runner has its message, or will have it soon",
+            )
 
     async def _attempt(self, active: Active, allocation: Allocation | None) -> tuple[Outcome, errors.Fate]:
         """How it ended, and what became of its message."""
@@ -255,6 +271,7 @@ class Runs:
         experiment = active.experiment
         try:
             if outcome is None:
+                await active.delivery.began(active.attempt)
                 outcome = await experiment.execute(queue=str(active.queue.ref))
                 active.state = dataclasses.replace(active.state, outcome=outcome)
                 self._states.save(active.state)
@@ -304,6 +321,7 @@ class Runs:
         active.settling = True
         queue, delivery, digest = active.queue, active.delivery, active.state.digest
         fate = self._fate(active, outcome)
+        delivery.attempts = active.attempt if outcome.counts else active.attempt - 1
         if not outcome.counts:
             self._ledger.undo(queue.ledger_key, digest)
         else:
@@ -323,7 +341,7 @@ class Runs:
                 log.info("experiment finished", **told, acknowledged=in_time)
             case errors.Fate.REQUEUE:
                 wait = 0.0
-                if outcome.reason is errors.Reason.DRAINED:
+                if outcome.reason in {errors.Reason.DRAINED, errors.Reason.LEASE_LOST}:
                     wait = 0.0
                 elif outcome.endpoint and active.experiment.knows(outcome.endpoint):
                     queue.endpoint = outcome.endpoint

@@ -25,6 +25,7 @@ from prometheus_client import CollectorRegistry
 
 from runner import __version__, errors
 from runner.daemon import lock, runstate
+from runner.daemon.accounts import Accounts
 from runner.daemon.api import Api
 from runner.daemon.attempts import Ledger
 from runner.daemon.deadletters import DeadLetters
@@ -44,10 +45,12 @@ from runner.telemetry.http import HttpServer, Readiness
 from runner.telemetry.notify import Notifier
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Sequence
+    from collections.abc import Callable, Coroutine, Mapping, Sequence
     from pathlib import Path
 
     from runner.config import Config
+    from runner.credentials.accounts import Account
+    from runner.credentials.watch import Watch
     from runner.executors.base import Executor
     from runner.queues.base import QueueBackend
     from runner.queues.catalog import AccountStatus, Change
@@ -66,7 +69,9 @@ FORCE_SECS = 8.0
 class Parts:
     """The concrete parts, chosen by the composition root (`cli.serve`)."""
 
-    backends: Sequence[QueueBackend]
+    backends: Sequence[QueueBackend]  #: the accounts that options name
+    watches: Sequence[Watch] = ()  #: directories of credentials
+    backend: Callable[[Account], QueueBackend] | None = None  #: what an account of theirs is served by
     executor: Callable[[Spawner], Executor]
     stores: Stores
     cache: Callable[[telemetry.Metrics], ArtifactCache | None]
@@ -128,6 +133,7 @@ class Service:
                 stack.callback(ledger.close)
                 states = runstate.RunStates(state_dir / "runs")
                 undelivered, interrupted = await asyncio.to_thread(runstate.sweep, states, runs_dir)
+                left_behind = await asyncio.to_thread(runstate.messages, [*undelivered, *interrupted])
                 self._temporary_cache(stack)
                 spawner = Spawner()
                 await spawner.open()
@@ -153,6 +159,7 @@ class Service:
                     endpoints=endpoints,
                     metrics=self._metrics,
                     undelivered=undelivered,
+                    left_behind=left_behind,
                 )
                 catalog = Catalog(
                     self._config.queues,
@@ -160,11 +167,23 @@ class Service:
                     changed=lambda changes: self._changed(dispatcher, changes),
                     backends=self._parts.backends,
                 )
-                await self._listen(stack, catalog, Api(runs, dispatcher, catalog, dead_letters))
+                accounts = Accounts(
+                    catalog=catalog, runs=runs, watches=self._parts.watches, backend=self._parts.backend
+                )
+                stack.push_async_callback(accounts.aclose)
+                await self._listen(stack, catalog, accounts, Api(runs, dispatcher, catalog, dead_letters))
                 for backend in self._parts.backends:
                     await backend.open()
                     stack.push_async_callback(backend.aclose)
-                return await self._serve(catalog, dispatcher, runs, Interrupted(tools, states, interrupted))
+                services = {
+                    "catalog": catalog.run(self._config.queues.refresh_secs),
+                    "credentials": accounts.run(),
+                    "existence": dispatcher.watch_existence(),
+                    "interrupted": Interrupted(tools, states, interrupted).run(),
+                    "limits": self._limits(runs),
+                    "watchdog": self._notifier.watchdog(),
+                }
+                return await self._serve(services, dispatcher, runs)
 
     def _temporary_cache(self, stack: contextlib.AsyncExitStack) -> None:
         """--cache-create: the directory is made now and removed at exit, unless it was there before."""
@@ -194,12 +213,14 @@ class Service:
             allocator=allocator,
         )
 
-    async def _listen(self, stack: contextlib.AsyncExitStack, catalog: Catalog, api: Api) -> None:
+    async def _listen(
+        self, stack: contextlib.AsyncExitStack, catalog: Catalog, accounts: Accounts, api: Api
+    ) -> None:
         def readiness() -> Readiness:
-            accounts = {status.account: _problem(status) for status in catalog.status()}
+            told = {status.account: _problem(status) for status in catalog.status()}
             return Readiness(
-                ready=not self.stop.drain.is_set() and any(not problem for problem in accounts.values()),
-                accounts=accounts,
+                ready=not self.stop.drain.is_set() and any(not problem for problem in told.values()),
+                accounts=told | dict(accounts.problems),
             )
 
         server = HttpServer(
@@ -214,21 +235,15 @@ class Service:
         log.info("listening", address=f"{address[0]}:{address[1]}")
 
     async def _serve(
-        self, catalog: Catalog, dispatcher: Dispatcher, runs: Runs, interrupted: Interrupted
+        self, services: Mapping[str, Coroutine[object, object, None]], dispatcher: Dispatcher, runs: Runs
     ) -> int:
-        services: dict[str, Coroutine[object, object, None]] = {
-            "catalog": catalog.run(self._config.queues.refresh_secs),
-            "existence": dispatcher.watch_existence(),
-            "interrupted": interrupted.run(),
-            "limits": self._limits(runs),
-            "watchdog": self._notifier.watchdog(),
-        }
         sides = [asyncio.create_task(service, name=name) for name, service in services.items()]
         log.info(
             "serving",
             version=__version__,
             host=self._host,
             accounts=[backend.account for backend in self._parts.backends],
+            certs=[str(watch.path) for watch in self._parts.watches],
             queue_match=self._config.queues.match.pattern,
             start_secs=round(time.monotonic() - self._began, 3),
         )

@@ -12,6 +12,7 @@ import structlog
 from runner.errors import QueueUnavailable
 
 if TYPE_CHECKING:
+    import re
     from collections.abc import Callable, Iterable, Sequence
 
     from runner import config
@@ -82,6 +83,13 @@ class _Account:
     backend: QueueBackend
     status: AccountStatus
     queues: dict[QueueRef, QueueInfo] = dataclasses.field(default_factory=dict)
+    match: re.Pattern[str] | None = None
+    mismatch: re.Pattern[str] | None = None
+
+    def lets(self, name: str) -> bool:
+        """Whether its own patterns let a queue of that name through."""
+        matched = self.match is None or self.match.search(name) is not None
+        return matched and not (self.mismatch is not None and self.mismatch.search(name) is not None)
 
 
 class Catalog:
@@ -109,11 +117,17 @@ class Catalog:
         for backend in backends:
             self.add(backend)
 
-    def add(self, backend: QueueBackend) -> None:
-        """Watch one more account; its queues come with the next refresh, which is made soon. Replaces one of that name."""
+    def add(
+        self,
+        backend: QueueBackend,
+        *,
+        match: re.Pattern[str] | None = None,
+        mismatch: re.Pattern[str] | None = None,
+    ) -> None:
+        """Watch one more account (of its queues only those that its own patterns let through as well); its queues come with the next refresh, which is made soon. Replaces one of that name."""
         self.remove(backend.account)
         status = AccountStatus(account=backend.account, kind=backend.kind)
-        self._accounts[backend.account] = _Account(backend, status)
+        self._accounts[backend.account] = _Account(backend, status, match=match, mismatch=mismatch)
         backend.on_queues_changed(self._asked.set)
         self._asked.set()
 
@@ -200,7 +214,7 @@ class Catalog:
             log.info("account available again", account=status.account, kind=status.kind)
         before, now, ignored = account.queues, {}, 0
         for info in found:
-            if self.matches(info.ref.name):
+            if self.matches(info.ref.name) and account.lets(info.ref.name):
                 self._counters.checked(status.kind, str(info.ref))
                 now[info.ref] = info
             else:
