@@ -34,6 +34,7 @@ class PubsubAccount:
     def from_key(cls, key: pathlib.Path, *, label: str = "", emulator: str = "") -> PubsubAccount:
         """The account that a service account's JSON file opens (INTEROP.md 2.6). Reads the file.
 
+        With `emulator`, $PUBSUB_EMULATOR_HOST, only the file's `project_id` counts, as for the StudioML client.
         `label` defaults to `pubsub://<project>`. Raises `UsageError`, which shows nothing of what the file holds.
         """
         try:
@@ -42,7 +43,7 @@ class PubsubAccount:
             raise UsageError(f"{key} cannot be read: {error.strerror}") from error
         except ValueError as error:
             raise UsageError(f"{key} is not JSON") from error
-        if not isinstance(content, dict) or content.get("type") != "service_account":
+        if not isinstance(content, dict) or (content.get("type") != "service_account" and not emulator):
             raise UsageError(f"{key} is not a service account's key")
         project = content.get("project_id")
         if not isinstance(project, str) or not project:

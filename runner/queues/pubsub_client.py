@@ -189,6 +189,7 @@ def _options(times: PubsubTimes) -> list[tuple[str, int]]:
         ("grpc.max_send_message_length", -1),
         ("grpc.keepalive_time_ms", int(times.keepalive_secs * 1000)),
         ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.http2.ping_timeout_ms", 10_000),  # the one that counts: 60 s by default
         ("grpc.http2.max_pings_without_data", 0),  # a stream may be silent for days
         ("grpc.initial_reconnect_backoff_ms", int(wire.FIRST_DELAY_SECS * 1000)),
         ("grpc.max_reconnect_backoff_ms", int(wire.UNREACHABLE_DELAY_SECS * 1000)),
