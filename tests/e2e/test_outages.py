@@ -38,7 +38,10 @@ def request(server: SeaweedFs, between: Proxy, bucket: str, script: str, key: st
 
 def serve(daemons: MakeDaemon, broker: RabbitmqServer) -> Daemon:
     return daemons(
-        f"--amqp-mgt-url={broker.management_url}", "--queue-refresh=1s", env={"AMQP_URL": broker.amqp_url}
+        "--queue-match=^rmq_(outage|staging|durable|transient|two|refused_.+)$",  # other tests leave queues behind
+        f"--amqp-mgt-url={broker.management_url}",
+        "--queue-refresh=1s",
+        env={"AMQP_URL": broker.amqp_url},
     )
 
 

@@ -41,6 +41,7 @@ PAGES = sorted(
 FIRST = (
     "queue-match",
     "amqp-url",
+    "certs-dir",
     "queue-root",
     "working-dir",
     "state-dir",
