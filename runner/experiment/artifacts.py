@@ -31,8 +31,10 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-#: Never fetched: the runner writes the one anew, and the other is not an archive.
-_NOT_FETCHED = frozenset({"output", "_metadata"})
+#: Not the workload's: the runner's objects, and the experimenter's control (`experiment.cancel`).
+_CONTROL = frozenset({"_metadata", "_status"})
+#: Never fetched: the runner writes its output anew.
+_NOT_FETCHED = _CONTROL | {"output"}
 #: An archive up to this size is packed in memory, a larger one in a file of the run's directory.
 _SPOOL_BYTES = 1 << 20
 #: A completion service notes the time of submission when the broker has confirmed the message, for which it looks once a
@@ -214,7 +216,9 @@ class Artifacts:
         chosen = [
             artifact
             for artifact in self._request.artifacts
-            if artifact.mutable and artifact.tag != "_metadata" and (wanted is None or artifact.tag in wanted)
+            if artifact.mutable
+            and artifact.tag not in _CONTROL
+            and (wanted is None or artifact.tag in wanted)
         ]
         changed = await asyncio.to_thread(lambda: [each for each in chosen if self._changed(each)])
         first = [artifact for artifact in changed if artifact.tag == "output"]
