@@ -3,7 +3,12 @@
 SQS lets nobody hold a message for more than 12 hours. A run that goes on longer has its message written here, and then deleted
 from the queue. It is sent again when the run is given up. A file a message, mode 0600: messages hold credentials.
 
-What a daemon that ended left here is first offered to the runs of the next one, as a redelivery, and after a while sent again.
+What a daemon that ended left here is first offered to the next one's own consumers, as a redelivery, so that results that are
+still to be stored are stored from here; what nobody takes in a minute is sent again.
+
+The windows that remain: the machine or its state directory is lost after that point (the message is, too); the daemon stays
+away (the message waits on its disk, out of everybody's sight); a crash, or no answer, between the writing and the deletion (two
+copies: where the run is still here, the second is acknowledged); the same between the sending and the removal of the file.
 """
 
 from __future__ import annotations

@@ -121,7 +121,7 @@ class Service:
                 MessageSystemAttributeNames=["ApproximateReceiveCount", "MessageGroupId"],
                 MessageAttributeNames=[ATTEMPTS_ATTRIBUTE],
             )
-        for message in answer.get("Messages", ()):
+        for message in self._checked(answer).get("Messages", ()):
             system = message.get("Attributes", {})
             attempts = message.get("MessageAttributes", {}).get(ATTEMPTS_ATTRIBUTE, {}).get("StringValue")
             return Received(
@@ -137,15 +137,17 @@ class Service:
         """Hide the message for so long from now; 0 gives it back. Raises `HoldLost` or `HoldAtItsEnd`."""
         url = self._url(name)
         with self._translated(name):
-            self._repeated().change_message_visibility(
+            answer = self._repeated().change_message_visibility(
                 QueueUrl=url, ReceiptHandle=handle, VisibilityTimeout=math.ceil(secs)
             )
+        self._checked(answer)
 
     def delete(self, name: str, handle: str) -> None:
         """Remove the message. Raises `HoldLost` where SQS says so; standard queues do not tell of an old handle."""
         url = self._url(name)
         with self._translated(name):
-            self._repeated().delete_message(QueueUrl=url, ReceiptHandle=handle)
+            answer = self._repeated().delete_message(QueueUrl=url, ReceiptHandle=handle)
+        self._checked(answer)
 
     def send(
         self,
@@ -172,7 +174,8 @@ class Service:
             }
         url = self._url(name)
         with self._translated(name, sending=True):
-            self._once().send_message(QueueUrl=url, MessageBody=body, **more)
+            answer = self._once().send_message(QueueUrl=url, MessageBody=body, **more)
+        self._checked(answer, "MessageId")
 
     def close(self) -> None:
         """Close the idle connections. Calls under way end by themselves."""
@@ -187,7 +190,7 @@ class Service:
         while True:
             with self._translated(prefix):
                 answer = self._repeated().list_queues(MaxResults=_PAGE, **more)
-            for url in answer.get("QueueUrls", ()):
+            for url in self._checked(answer).get("QueueUrls", ()):
                 name = url.rpartition("/")[2]
                 self._urls[name] = url
                 found.append(name)
@@ -199,9 +202,16 @@ class Service:
         url = self._urls.get(name)
         if url is None:
             with self._translated(name):
-                url = str(self._repeated().get_queue_url(QueueName=name)["QueueUrl"])
-            self._urls[name] = url
+                answer = self._repeated().get_queue_url(QueueName=name)
+            url = self._urls[name] = str(self._checked(answer, "QueueUrl")["QueueUrl"])
         return url
+
+    def _checked(self, answer: Mapping[str, Any], *members: str) -> Mapping[str, Any]:
+        """The answer, if it can be one of SQS's: botocore reads any page with status 200 as an empty one."""
+        kind = answer["ResponseMetadata"]["HTTPHeaders"].get("content-type", "json")
+        if "json" not in kind or any(member not in answer for member in members):
+            raise self._unavailable("something answers there that is not SQS")
+        return answer
 
     def _once(self) -> Any:
         """For what must not be repeated unasked (a send, a poll with its long wait)."""

@@ -159,40 +159,6 @@ class RabbitmqHarness(QueueHarness):
         self.server.api("DELETE", f"/api/users/{self.user}")
 
 
-class SqsHarness(QueueHarness):
-    """SQS over a proxy. A "broken connection" is a network that is away for longer than a message is held unrenewed."""
-
-    TIMING = SqsTiming(poll_secs=2, visibility_secs=6, confirm_secs=0.5, retry_secs=0.5)
-    any_bytes = False
-
-    def __init__(self, server: SqsServer, way: Proxy, keep: Path) -> None:
-        self.server = server
-        self.way = way
-        self.keep = keep
-
-    def connect(self) -> QueueBackend:
-        return SqsBackend(self.server.account(port=self.way.port), keep=self.keep, timing=self.TIMING)
-
-    async def declare(self, name: str) -> QueueRef:
-        name = name.replace(" ", "-")
-        await asyncio.to_thread(self.server.create, name)
-        return QueueRef(account="account", name=name)
-
-    async def delete(self, queue: QueueRef) -> None:
-        await asyncio.to_thread(self.server.delete, queue.name)
-
-    async def depth(self, queue: QueueRef) -> int:
-        return await asyncio.to_thread(self.server.depth, queue.name)
-
-    async def break_connection(self, backend: QueueBackend) -> None:
-        assert isinstance(backend, SqsBackend)
-        self.way.refuse()
-        self.way.cut()
-        while await asyncio.to_thread(self.server.held, "rmq_contract"):
-            await asyncio.sleep(0.1)
-        self.way.listen()
-
-
 class PubsubHarness(QueueHarness):
     """A project of its own, reached through a proxy. A hold is lost by a network that is away for longer than the lease."""
 
@@ -231,6 +197,40 @@ class PubsubHarness(QueueHarness):
         self.way.resume()
 
 
+class SqsHarness(QueueHarness):
+    """SQS over a proxy. A "broken connection" is a network that is away for longer than a message is held unrenewed."""
+
+    TIMING = SqsTiming(poll_secs=2, visibility_secs=6, confirm_secs=0.5, retry_secs=0.5)
+    any_bytes = False
+
+    def __init__(self, server: SqsServer, way: Proxy, keep: Path) -> None:
+        self.server = server
+        self.way = way
+        self.keep = keep
+
+    def connect(self) -> QueueBackend:
+        return SqsBackend(self.server.account(port=self.way.port), keep=self.keep, timing=self.TIMING)
+
+    async def declare(self, name: str) -> QueueRef:
+        name = name.replace(" ", "-")
+        await asyncio.to_thread(self.server.create, name)
+        return QueueRef(account="account", name=name)
+
+    async def delete(self, queue: QueueRef) -> None:
+        await asyncio.to_thread(self.server.delete, queue.name)
+
+    async def depth(self, queue: QueueRef) -> int:
+        return await asyncio.to_thread(self.server.depth, queue.name)
+
+    async def break_connection(self, backend: QueueBackend) -> None:
+        assert isinstance(backend, SqsBackend)
+        self.way.refuse()
+        self.way.cut()
+        while await asyncio.to_thread(self.server.held, "rmq_contract"):
+            await asyncio.sleep(0.1)
+        self.way.listen()
+
+
 @contextlib.asynccontextmanager
 async def memory(_request: pytest.FixtureRequest) -> AsyncIterator[QueueHarness]:
     yield MemoryHarness()
@@ -253,14 +253,6 @@ async def rabbitmq(request: pytest.FixtureRequest) -> AsyncIterator[QueueHarness
 
 
 @contextlib.asynccontextmanager
-async def sqs(request: pytest.FixtureRequest) -> AsyncIterator[QueueHarness]:
-    server: SqsServer = request.getfixturevalue("sqs_server")
-    with proxy("127.0.0.1", server.port) as way:
-        yield SqsHarness(server, way, request.getfixturevalue("tmp_path") / "kept")
-        await asyncio.to_thread(server.clear)
-
-
-@contextlib.asynccontextmanager
 async def pubsub(
     request: pytest.FixtureRequest, *, exactly_once: bool = False
 ) -> AsyncIterator[QueueHarness]:
@@ -269,6 +261,14 @@ async def pubsub(
         harness = PubsubHarness(server.port, way, exactly_once=exactly_once)
         with contextlib.closing(harness.server):
             yield harness
+
+
+@contextlib.asynccontextmanager
+async def sqs(request: pytest.FixtureRequest) -> AsyncIterator[QueueHarness]:
+    server: SqsServer = request.getfixturevalue("sqs_server")
+    with proxy("127.0.0.1", server.port) as way:
+        yield SqsHarness(server, way, request.getfixturevalue("tmp_path") / "kept")
+        await asyncio.to_thread(server.clear)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,7 +282,7 @@ BACKENDS: dict[str, Entry] = {
     "memory": Entry(memory),
     "filequeue": Entry(filequeue),
     "rabbitmq": Entry(rabbitmq, (pytest.mark.service,)),
+    "sqs": Entry(sqs, (pytest.mark.service,)),
     "pubsub": Entry(pubsub, (pytest.mark.service,)),
     "pubsub-exactly-once": Entry(functools.partial(pubsub, exactly_once=True), (pytest.mark.service,)),
-    "sqs": Entry(sqs, (pytest.mark.service,)),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import subprocess
 import sys
 import textwrap
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from runner.errors import MalformedMessage, QueueUnavailable, UsageError
-from runner.queues import sqs, sqs_access, sqs_delivery, sqs_service
+from runner.queues import sqs, sqs_access, sqs_account, sqs_delivery, sqs_service
 from runner.queues.base import Existence, QueueRef
 from runner.queues.sqs import SqsBackend
 from runner.queues.sqs_access import SqsTiming
@@ -136,6 +137,33 @@ async def test_credentials_from_the_environment_are_used_only_when_asked_for(
     empty = await opened(SqsAccount(label="account", profile=files, endpoint_url=server.url))
     with pytest.raises(QueueUnavailable, match="no complete access key"):
         await empty.discover()
+
+
+async def test_an_account_with_files_does_not_borrow_from_the_machine(
+    opened, tmp_path, monkeypatch, faulty_http
+):
+    """As in a container with a role, or on a virtual machine with one."""
+    key = {"AccessKeyId": "a", "SecretAccessKey": "s", "Token": "t", "Expiration": "2999-01-01T00:00:00Z"}
+    faulty_http.content = json.dumps(key).encode()
+    here = f"http://{faulty_http.endpoint}"
+    monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", f"{here}/container")
+    monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", f"{here}/machine/")
+    files = profile(tmp_path, SqsKeys(access_key="", secret_key=""), "[default]\nregion = us-east-1\n")
+    files.credentials_file.write_text("[default]\n")
+    backend = await opened(SqsAccount(label="account", profile=files, endpoint_url=f"{here}/sqs"))
+    with pytest.raises(QueueUnavailable, match="no complete access key"):
+        await backend.discover()
+    assert faulty_http.seen == []
+
+
+def test_the_region_and_the_address_are_the_account_s_own(monkeypatch):
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-west-3")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("AWS_PROFILE", "none")
+    keys = SqsKeys(access_key="a", secret_key="s")
+    for region, address in {"": "us-west-2", "eu-north-1": "eu-north-1"}.items():
+        client = sqs_account.Connector(SqsAccount(label="account", keys=keys, region=region)).client()
+        assert client.meta.endpoint_url == f"https://sqs.{address}.amazonaws.com"
 
 
 async def test_files_that_cannot_be_used_say_so(opened, tmp_path):
