@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import TYPE_CHECKING
 
@@ -32,7 +33,7 @@ def workload(
     `%NAME%`, `$NAME` and `${NAME}` in a value of `config.env` stand for a variable of the environment built so far;
     unknown names stay as they are. `config.env` wins over all but what makes the directory layout work.
     """
-    env = {name: _USERINFO.sub("", value) for name, value in own.items() if _ALLOWED.fullmatch(name)}
+    env = {name: _USERINFO.sub("", value) for name, value in own.items() if _allowed(name)}
     threads = str(max(1, granted.cpus))
     env.update(
         {
@@ -61,6 +62,11 @@ def workload(
     )
     env.pop("STUDIOML_ARTIFACT_MAPPING", None)  # the client then finds ../<tag> beside the workspace
     return env
+
+
+@functools.cache
+def _allowed(name: str) -> bool:
+    return _ALLOWED.fullmatch(name) is not None
 
 
 def _expand(value: str, known: Mapping[str, str]) -> str:

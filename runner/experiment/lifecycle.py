@@ -84,6 +84,7 @@ class Experiment:
         )
         self._artifacts = Artifacts(request, workspace, tools)
         self._record = Record(self, tools)
+        self._secrets = secret_values(request.raw)
         self._staged = False
         self._process: Process | None = None
         self._work: asyncio.Task[Outcome] | None = None
@@ -388,7 +389,7 @@ class Experiment:
         """This run's records go to its own log as well, and its secrets go nowhere."""
         with (
             logs.capture(self.workspace.run_id, self.workspace.runner_log),
-            redact.secrets.known(secret_values(self.request.raw)),
+            redact.secrets.known(self._secrets),
         ):
             yield
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -32,6 +33,10 @@ class Accession:
             raise ValueError(f"{self.second} is before 1970")
 
     def __str__(self) -> str:
+        return self._text
+
+    @functools.cached_property
+    def _text(self) -> str:
         return f"{safe_component(self.host)}-{base62(self.second)}"
 
     @classmethod

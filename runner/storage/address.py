@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import re
 
@@ -17,6 +18,7 @@ _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f]")
 _MOST_PORTS = 65_535
 
 
+@functools.lru_cache(256)  # the same few servers in every message
 def split_host(host: str) -> tuple[str, int | None]:
     """Name, in lower case (an IPv6 address keeps its brackets), and port of `host[:port]`."""
     found = _HOST.fullmatch(host)

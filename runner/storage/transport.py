@@ -102,8 +102,16 @@ class Transport(urllib3.PoolManager):
         and `errors.UnsupportedRequest` for an address that is none.
         """
         del redirect
+        first: errors.StorageUnavailable | None
+        try:
+            return self.once(method, url, **kw)
+        except errors.StorageUnavailable as exc:
+            first = exc  # only now is what counts and waits worth its price
         for attempt in self.patience.attempt():
             with attempt:
+                if first is not None:
+                    failed, first = first, None
+                    raise failed
                 return self.once(method, url, **kw)
         raise AssertionError  # the last attempt has returned or raised
 
