@@ -200,13 +200,14 @@ class _Forward(logging.Handler):
 
 
 def _forward_logging(level: int) -> None:
-    """Libraries may warn; at level "debug" they may also inform, but for pika, which tells each step of a connection."""
+    """Libraries may warn; at level "debug" they may also inform, but for those that tell each step."""
     root = logging.getLogger()
     for handler in [handler for handler in root.handlers if isinstance(handler, _Forward)]:
         root.removeHandler(handler)
     root.addHandler(_Forward())
     root.setLevel(_LEVELS["info"] if level == _LEVELS["debug"] else _LEVELS["warning"])
-    logging.getLogger("pika").setLevel(_LEVELS["warning"])
+    for chatty in ("pika", "uvicorn"):
+        logging.getLogger(chatty).setLevel(_LEVELS["warning"])
 
 
 def _add_logger_name(logger: WrappedLogger, _method: str, record: EventDict) -> EventDict:
