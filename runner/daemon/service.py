@@ -282,8 +282,9 @@ class Service:
             waiting.cancel()
 
     async def _stop(self, dispatcher: Dispatcher, runs: Runs) -> int:
+        began = time.monotonic()
         await dispatcher.drain()
-        log.info("draining", running=len(runs), grace_secs=self._config.runs.grace_secs)
+        log.info("takes no more work", running=len(runs), grace_secs=self._config.runs.grace_secs)
         if self._config.runs.grace_secs is not None:
             runs.stop_all(errors.Reason.DRAINED, "the runner was told to stop", self._config.runs.grace_secs)
         finished = asyncio.create_task(runs.finished(), name="runs finished")
@@ -291,7 +292,7 @@ class Service:
         await asyncio.wait({finished, forced}, return_when=asyncio.FIRST_COMPLETED)
         forced.cancel()
         if finished.done():
-            log.info("drained", secs=round(time.monotonic() - self._began, 1))
+            log.info("drained", secs=round(time.monotonic() - began, 1))
             return 0
         finished.cancel()
         with contextlib.suppress(TimeoutError):

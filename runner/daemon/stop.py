@@ -34,7 +34,7 @@ class Stop:
             self.force.set()
         else:
             log.info(
-                "draining: no new work, what runs goes on",
+                "draining",
                 signal=signal.Signals(number).name if number else None,
             )
             self.drain.set()

@@ -173,16 +173,17 @@ def test_past_the_width_keys_have_lines_of_their_own(start):
 def test_libraries_are_heard_when_they_warn(start):
     stream = start(format="json", level="debug")
     logging.getLogger("pika.connection").info("noise")
-    logging.getLogger("uvicorn.error").info("told")
+    logging.getLogger("uvicorn.error").info("noise")
+    logging.getLogger("asyncio").info("told")
     logging.getLogger("urllib3").debug("noise")
     bad = logging.LogRecord("any", 33, "file", 1, "does not %d fit", ("x",), None)
     logs._Forward().emit(bad)  # not through the root logger, where pytest's own handler would raise
     assert [(record["logger"], record["event"]) for record in records(stream)] == [
-        ("uvicorn.error", "told"),
+        ("asyncio", "told"),
         ("any", "does not %d fit"),
     ]
     stream = start(format="json")
-    logging.getLogger("uvicorn.error").info("noise")
+    logging.getLogger("asyncio").info("noise")
     logging.getLogger("pika").error("lost")
     assert [record["event"] for record in records(stream)] == [
         "lost"
