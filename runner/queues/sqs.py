@@ -78,7 +78,7 @@ class SqsBackend(base.QueueBackend):
             async with asyncio.timeout(CLOSE_SECS):
                 await asyncio.gather(*[delivery.give_up() for delivery in tuple(self._held)], *self._beside)
         if self._keeper is not None:
-            self._keeper.aclose()
+            await self._keeper.aclose()
         self._service.close()
 
     async def discover(self) -> list[base.QueueInfo]:
@@ -91,11 +91,10 @@ class SqsBackend(base.QueueBackend):
         ]
 
     async def consumer(self, queue: base.QueueRef) -> SqsConsumer:
-        """As the contract says. What an earlier daemon kept of that queue comes first."""
+        """As the contract says."""
         consumer = SqsConsumer(
             queue,
             receive=self._receive,
-            offer=lambda queue: self._keeper.take(queue) if self._keeper else None,
             give_back=self._give_back,
             on_close=self._consumers.discard,
         )
@@ -118,6 +117,10 @@ class SqsBackend(base.QueueBackend):
         except errors.QueueUnavailable:
             return base.Existence.UNKNOWN
         return base.Existence.GONE
+
+    async def reclaim(self, queue: base.QueueRef, body: bytes) -> base.Delivery | None:
+        """As the contract says: of the messages that this machine keeps. All others come back by themselves, in a minute."""
+        return self._keeper.take(queue, body) if self._keeper is not None else None
 
     async def publish(self, queue: base.QueueRef, body: bytes) -> None:
         """As the contract says; on a FIFO queue as a group of its own, so that it holds up no other message.

@@ -31,14 +31,12 @@ class SqsConsumer(base.Consumer):
         queue: base.QueueRef,
         *,
         receive: Callable[[base.QueueRef], Awaitable[base.Delivery | None]],
-        offer: Callable[[base.QueueRef], base.Delivery | None],
         give_back: Callable[[base.Delivery], None],
         on_close: Callable[[SqsConsumer], None],
     ) -> None:
-        """`receive` is one long poll; `offer` is what waits on this machine; `give_back` requeues beside the work."""
+        """`receive` is one long poll; `give_back` requeues beside the work."""
         self._queue = queue
         self._receive = receive
-        self._offer = offer
         self._give_back = give_back
         self._on_close = on_close
         self._polling: asyncio.Task[base.Delivery | None] | None = None
@@ -56,8 +54,6 @@ class SqsConsumer(base.Consumer):
                 if self._failure is not None:
                     raise self._failure
                 if self._polling is None:
-                    if (offered := self._offer(self._queue)) is not None:
-                        return offered
                     self._polling = asyncio.create_task(self._poll(), name=f"poll {self._queue}")
                     self._polling.add_done_callback(self._ended)
                 polling = self._polling

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import math
 from typing import TYPE_CHECKING
 
@@ -86,7 +87,8 @@ class SqsDelivery(base.Delivery):
             self._holding.cancel()
             if self._kept is not None and self._keeper is not None:
                 await self._delete()
-                await self._keeper.send_again(self._kept, delay_secs)
+                kept = dataclasses.replace(self._kept, attempts=self.attempts)
+                await self._keeper.send_again(kept, delay_secs)
                 return True
             with contextlib.suppress(*_NO_ANSWER, sqs_service.HoldLost, sqs_service.HoldAtItsEnd):
                 if clock() < self._until:

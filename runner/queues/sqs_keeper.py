@@ -12,13 +12,14 @@ from runner import errors
 from runner.queues import base
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Coroutine
 
     from runner.queues.sqs_access import Access
     from runner.queues.sqs_keep import Keep, Kept
 
 log = structlog.get_logger(__name__)
 
+LOOK_SECS = 60.0
 RESEND_SECS = 60.0  #: longer than a send can take, so that none is repeated while it is still under way
 
 
@@ -32,31 +33,30 @@ class Keeper:
         self._access = access
         self._exists = exists
         self._offered: dict[Kept, asyncio.Task[None]] = {}
-        self._resending: set[asyncio.Task[None]] = set()
+        self._beside: set[asyncio.Task[None]] = set()
 
     async def open(self) -> None:
-        """Offer what an earlier daemon left. The attempt that it died in counts."""
-        for left in await asyncio.to_thread(self._keep.load, self._access.label):
-            log.info("an earlier runner kept this message", queue=left.queue, file=left.path.name)
-            kept = dataclasses.replace(left, attempts=left.attempts + 1)
-            self._offered[kept] = self._resend_later(kept, self._access.timing.offer_secs)
+        """Look for what was left, now and then."""
+        await self._look()
+        _ = self._start(self._go_on_looking(), "kept messages")
 
-    def aclose(self) -> None:
-        """What is not sent yet stays in its file, for the next daemon."""
-        for task in self._resending:
+    async def aclose(self) -> None:
+        """What is not sent yet stays in its file, for another."""
+        for task in self._beside:
             task.cancel()
+        await asyncio.to_thread(self._keep.close)
 
-    def take(self, queue: base.QueueRef) -> KeptDelivery | None:
-        """What an earlier daemon left of this queue: a message at a time, each once."""
+    def take(self, queue: base.QueueRef, body: bytes) -> KeptDelivery | None:
+        """That message, if it was left and has not been taken or sent again yet."""
         for kept, task in self._offered.items():
-            if kept.queue == queue.name:
+            if kept.queue == queue.name and kept.body.encode() == body:
                 task.cancel()
                 del self._offered[kept]
                 return KeptDelivery(queue, kept, self)
         return None
 
     async def save(self, kept: Kept) -> Kept:
-        """Keep a message, durably. Raises OSError."""
+        """Keep a message, durably, or keep it as it is now. Raises OSError."""
         return await asyncio.to_thread(self._keep.save, kept)
 
     async def forget(self, kept: Kept) -> None:
@@ -67,13 +67,25 @@ class Keeper:
         """Put the message back into its queue: now (True), or as soon as SQS answers."""
         if await self._sent(kept, delay_secs):
             return True
-        _ = self._resend_later(kept, RESEND_SECS)
+        _ = self._start(self._resend(kept, RESEND_SECS), f"send again {kept.path.name}")
         return False
 
-    def _resend_later(self, kept: Kept, wait_secs: float) -> asyncio.Task[None]:
-        task = asyncio.create_task(self._resend(kept, wait_secs), name=f"send again {kept.path.name}")
-        self._resending.add(task)
-        task.add_done_callback(self._resending.discard)
+    async def _go_on_looking(self) -> None:
+        """A backend of the same account that ends while this one works may leave something as well."""
+        while True:
+            await asyncio.sleep(LOOK_SECS)
+            await self._look()
+
+    async def _look(self) -> None:
+        for kept in await asyncio.to_thread(self._keep.load, self._access.label):
+            log.info("an earlier runner kept this message", queue=kept.queue, file=kept.path.name)
+            resend = self._resend(kept, self._access.timing.offer_secs)
+            self._offered[kept] = self._start(resend, f"send again {kept.path.name}")
+
+    def _start(self, work: Coroutine[object, object, None], name: str) -> asyncio.Task[None]:
+        task = asyncio.create_task(work, name=name)
+        self._beside.add(task)
+        task.add_done_callback(self._beside.discard)
         return task
 
     async def _resend(self, kept: Kept, wait_secs: float) -> None:
@@ -122,6 +134,14 @@ class KeptDelivery(base.Delivery):
         self._keeper = keeper
         self._ended = False
 
+    async def began(self, attempt: int) -> None:
+        """As the contract says: in its file."""
+        self.attempts = attempt
+        try:
+            self._kept = await self._keeper.save(dataclasses.replace(self._kept, attempts=attempt))
+        except OSError as error:
+            log.warning("the attempts of a kept message cannot be written", error=str(error))
+
     async def ack(self) -> bool:
         """Forget it."""
         if self._ended:
@@ -135,7 +155,7 @@ class KeptDelivery(base.Delivery):
         if self._ended:
             return False
         self._ended = True
-        await self._keeper.send_again(self._kept, delay_secs)
+        await self._keeper.send_again(dataclasses.replace(self._kept, attempts=self.attempts), delay_secs)
         return True
 
     async def extend(self, secs: float) -> None:

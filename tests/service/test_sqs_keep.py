@@ -95,6 +95,14 @@ async def handed_over(server: SqsServer, kept: Path, name: str = QUEUE.name) -> 
     await reaches(lambda: len(files(kept)) == 1 and server.depth(name) + server.held(name) == 0)
 
 
+async def run_until_kept(backend: SqsBackend, server: SqsServer, kept: Path) -> Delivery:
+    await backend.publish(QUEUE, b"long")
+    delivery = await first(backend)
+    await delivery.began(1)
+    await handed_over(server, kept)
+    return delivery
+
+
 async def crash(backend: SqsBackend) -> None:
     """What is left of a daemon that was killed: nothing runs any more, nothing was given back."""
     for delivery in tuple(backend._held):
@@ -126,10 +134,11 @@ async def test_given_up_it_is_in_its_queue_again_as_a_redelivery(server, opened,
     await backend.publish(QUEUE, b"long")
     delivery = await first(backend)
     await handed_over(server, kept)
+    delivery.attempts = 2
     assert await delivery.requeue() is True
     assert files(kept) == []
     again = await first(await opened(margin_secs=0))
-    assert (again.body, again.redelivered, again.attempts) == (b"long", True, 0)
+    assert (again.body, again.redelivered, again.attempts) == (b"long", True, 2)
     assert await again.ack()
 
 
@@ -161,17 +170,21 @@ async def test_on_a_fifo_queue_it_returns_to_its_group_and_is_not_taken_for_a_du
 
 async def test_the_next_daemon_offers_what_the_last_one_kept_to_itself_first(server, opened, kept):
     last = await opened()
-    await last.publish(QUEUE, b"long")
-    await first(last)
-    await handed_over(server, kept)
+    await run_until_kept(last, server, kept)
     await crash(last)
     backend = await opened()
-    again = await first(backend)
+    assert await backend.reclaim(QUEUE, b"other") is None
+    assert await backend.reclaim(dataclasses.replace(QUEUE, name="other"), b"long") is None
+    again = await backend.reclaim(QUEUE, b"long")
+    assert again is not None
     assert (again.body, again.redelivered, again.attempts) == (b"long", True, 1)
+    assert await backend.reclaim(QUEUE, b"long") is None  # it is offered once
     assert server.depth(QUEUE.name) + server.held(QUEUE.name) == 0
-    assert len(files(kept)) == 1  # a daemon that is killed now leaves it to the one after
-    with pytest.raises(TimeoutError):  # it is offered once
-        await asyncio.wait_for((await backend.consumer(QUEUE)).next(), 0.3)
+    await again.began(2)
+    await crash(backend)  # killed as well
+    again = await (await opened()).reclaim(QUEUE, b"long")
+    assert again is not None
+    assert again.attempts == 2
     await again.extend(60)
     assert await again.ack() is True
     assert await again.requeue() is False
@@ -180,9 +193,7 @@ async def test_the_next_daemon_offers_what_the_last_one_kept_to_itself_first(ser
 
 async def test_what_the_next_daemon_does_not_want_is_sent_again(server, opened, kept):
     last = await opened()
-    await last.publish(QUEUE, b"long")
-    await first(last)
-    await handed_over(server, kept)
+    await run_until_kept(last, server, kept)
     await crash(last)
     await opened(offer_secs=0.2)  # and nobody asks it for work of that queue
     await reaches(lambda: server.depth(QUEUE.name) == 1 and files(kept) == [])
@@ -193,11 +204,10 @@ async def test_what_the_next_daemon_does_not_want_is_sent_again(server, opened, 
 
 async def test_an_offer_that_is_declined_is_sent_again(server, opened, kept):
     last = await opened()
-    await last.publish(QUEUE, b"long")
-    await first(last)
-    await handed_over(server, kept)
+    await run_until_kept(last, server, kept)
     await crash(last)
-    offered = await first(await opened())
+    offered = await (await opened()).reclaim(QUEUE, b"long")
+    assert offered is not None
     assert await offered.requeue() is True
     assert (files(kept), server.depth(QUEUE.name)) == ([], 1)
 
@@ -215,12 +225,27 @@ async def test_an_account_does_not_touch_what_others_kept(server, opened, kept):
         timing=dataclasses.replace(TIMING, offer_secs=0),
     )
     await other.open()
-    with pytest.raises(TimeoutError):
-        await asyncio.wait_for(
-            (await other.consumer(dataclasses.replace(QUEUE, account="other"))).next(), 0.5
-        )
+    assert await other.reclaim(dataclasses.replace(QUEUE, account="other"), b"long") is None
+    await asyncio.sleep(0.5)
     await other.aclose()
     assert len(files(kept)) == 2
+
+
+async def test_an_account_that_is_opened_anew_leaves_alone_what_its_runs_still_have(
+    server, opened, kept, monkeypatch
+):
+    """As when its credentials change: the old backend stays open until its last run has ended."""
+    monkeypatch.setattr(sqs_keeper, "LOOK_SECS", 0.1)
+    old = await opened()
+    delivery = await run_until_kept(old, server, kept)
+    new = await opened(offer_secs=0.2)
+    assert await new.reclaim(QUEUE, b"long") is None
+    await asyncio.sleep(1)
+    assert len(files(kept)) == 1
+    assert server.depth(QUEUE.name) == 0
+    assert not delivery.lost.is_set()
+    await crash(old)  # it could not send its message again; the new one looks for such
+    await reaches(lambda: server.depth(QUEUE.name) == 1 and files(kept) == [])
 
 
 async def test_it_waits_on_disk_while_sqs_is_away(server, opened, kept, way, monkeypatch):
