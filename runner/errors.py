@@ -11,6 +11,7 @@
     ├── AttemptFailed             REQUEUE  counts as one of the attempts; after the last, REJECT
     │   ├── ArtifactFailed                 missing, forbidden or not what it says
     │   ├── EnvironmentFailed              the Python environment cannot be built
+    │   ├── DiskFailed                     this machine's disk is full, or broken
     │   └── ProcessLost                    the supervisor of a run was killed
     ├── Unreachable               REQUEUE  not an attempt: the other side is away; intake from it pauses
     │   ├── QueueUnavailable
@@ -120,6 +121,12 @@ class EnvironmentFailed(AttemptFailed):
     """The Python environment cannot be built; the text ends with the builder's last lines."""
 
     reason = Reason.ENVIRONMENT
+
+
+class DiskFailed(AttemptFailed):
+    """The run's directory cannot be written or read: the disk is full, or broken."""
+
+    reason = Reason.DISK
 
 
 class ProcessLost(AttemptFailed):

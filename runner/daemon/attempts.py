@@ -2,15 +2,21 @@
 
 SQLite in write-ahead mode: each call is one small transaction that is in the kernel's hands before it returns, so that a
 `kill -9` right after loses nothing. Calls take well under a millisecond and are made in the daemon's loop.
+
+A disk that is full stops what has not begun (`begin` raises), never what is over: the fate of a message that has run does
+not hang on whether it could be noted.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import sqlite3
 import time
 from typing import TYPE_CHECKING
+
+import structlog
 
 from runner import errors
 
@@ -18,10 +24,16 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+log = structlog.get_logger(__name__)
+
 #: Finished messages are remembered for a day: a redelivery of one is acknowledged on sight.
 FINISHED_SECS = 24 * 3600
 #: Attempts of messages that were never seen again (another host took them) are forgotten after a week.
 ATTEMPTS_SECS = 7 * 24 * 3600
+#: How often what is to be forgotten is removed.
+PRUNE_SECS = 3600.0
+#: How long another program's lock on the file is waited for: the daemon's loop stands still meanwhile.
+LOCK_SECS = 0.5
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS attempts (
@@ -51,77 +63,128 @@ class Ledger:
             errors.UsageError: the file cannot be opened or is no ledger.
         """
         try:
-            self._db = sqlite3.connect(path, isolation_level=None)
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            self._db = sqlite3.connect(path, isolation_level=None, timeout=LOCK_SECS)
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=NORMAL")
             self._db.executescript(_SCHEMA)
-        except sqlite3.Error as exc:
+        except (OSError, sqlite3.Error) as exc:
             raise errors.UsageError(
                 f"{path}: cannot be used as the attempt ledger: {exc}; move it away to start a new one"
             ) from exc
-        self._prune()
+        self._pruned = 0.0
+        with _noted():
+            self._prune()
 
     def close(self) -> None:
         """Close the file."""
         self._db.close()
 
     def attempts(self, queue: str, digest: str) -> Attempts:
-        """What has been tried so far."""
-        row = self._db.execute(
-            "SELECT count, reason, text FROM attempts WHERE queue=? AND digest=?", (queue, digest)
-        ).fetchone()
+        """What has been tried so far. Raises OSError."""
+        with _translated():
+            row = self._db.execute(
+                "SELECT count, reason, text FROM attempts WHERE queue=? AND digest=?", (queue, digest)
+            ).fetchone()
         return Attempts(count=row[0], reason=row[1], text=row[2]) if row else Attempts()
 
     def begin(self, queue: str, digest: str, carried: int = 0) -> int:
-        """Count an attempt, before its work starts; its number, from 1. `carried` is what travelled with the message."""
+        """Count an attempt, before its work starts; its number, from 1. `carried` is what travelled with the message.
+
+        Raises OSError: then nothing was counted, and nothing may start.
+        """
         count = max(self.attempts(queue, digest).count, carried) + 1
-        self._db.execute(
-            "INSERT INTO attempts (queue, digest, count, reason, text, time) VALUES (?,?,?,?,?,?) ON CONFLICT (queue, digest) "
-            "DO UPDATE SET count=excluded.count, reason=excluded.reason, text=excluded.text, time=excluded.time",
-            # Should this attempt kill the runner, this is what is said of it.
-            (queue, digest, count, errors.Reason.RUNNER, "the runner ended while it ran", time.time()),
-        )
+        with _translated():
+            self._db.execute(
+                "INSERT INTO attempts (queue, digest, count, reason, text, time) VALUES (?,?,?,?,?,?) ON CONFLICT "
+                "(queue, digest) DO UPDATE SET count=excluded.count, reason=excluded.reason, text=excluded.text, "
+                "time=excluded.time",
+                # Should this attempt kill the runner, this is what is said of it.
+                (queue, digest, count, errors.Reason.RUNNER, "the runner ended while it ran", time.time()),
+            )
         return count
 
-    def undo(self, queue: str, digest: str) -> None:
-        """The last `begin` was no attempt after all (the other side was away, the runner drained)."""
-        self._db.execute(
-            "UPDATE attempts SET count=count-1, time=? WHERE queue=? AND digest=? AND count>0",
-            (time.time(), queue, digest),
+    def undo(self, queue: str, digest: str, number: int = 1) -> None:
+        """The last `number` calls of `begin` were no attempts after all (the other side was away, the runner drained)."""
+        self._note(
+            "UPDATE attempts SET count=max(count-?, 0), time=? WHERE queue=? AND digest=?",
+            (number, time.time(), queue, digest),
         )
 
     def failed(self, queue: str, digest: str, reason: str, text: str) -> None:
         """Why the last attempt failed."""
-        self._db.execute(
+        self._note(
             "UPDATE attempts SET reason=?, text=?, time=? WHERE queue=? AND digest=?",
             (reason, text, time.time(), queue, digest),
         )
 
-    def finish(self, queue: str, digest: str) -> None:
-        """Its outcome is durable: a redelivery of it is acknowledged on sight, and a new message of the same bytes starts at 0."""
-        with self._transaction():
-            self._db.execute("DELETE FROM attempts WHERE queue=? AND digest=?", (queue, digest))
-            self._db.execute("INSERT OR REPLACE INTO finished VALUES (?,?,?)", (queue, digest, time.time()))
+    def finish(self, queue: str, digest: str, *, others: int = 0, unique: bool = True) -> None:
+        """Its outcome is durable: a redelivery of it is acknowledged on sight, and a new message of the same bytes starts at 0.
+
+        Not so when it was not `unique`: a redelivery may then be of another message with the same bytes, which has to run.
+        `others`: the attempts of those that run now.
+        """
+        with _noted(), self._transaction():
+            if others:
+                self._db.execute(
+                    "UPDATE attempts SET count=? WHERE queue=? AND digest=?", (others, queue, digest)
+                )
+            else:
+                self._db.execute("DELETE FROM attempts WHERE queue=? AND digest=?", (queue, digest))
+            if unique and not others:
+                self._db.execute(
+                    "INSERT OR REPLACE INTO finished VALUES (?,?,?)", (queue, digest, time.time())
+                )
+            if abs(time.time() - self._pruned) > PRUNE_SECS:
+                self._prune()
 
     def finished(self, queue: str, digest: str) -> bool:
-        """Whether it finished here in the last 24 hours."""
-        row = self._db.execute(
-            "SELECT time FROM finished WHERE queue=? AND digest=?", (queue, digest)
-        ).fetchone()
+        """Whether it finished here in the last 24 hours. Raises OSError."""
+        with _translated():
+            row = self._db.execute(
+                "SELECT time FROM finished WHERE queue=? AND digest=?", (queue, digest)
+            ).fetchone()
         return row is not None and time.time() - row[0] < FINISHED_SECS
 
+    def published_anew(self, queue: str, digest: str) -> None:
+        """A new message of these bytes has come: from now on a redelivery may be its own, and has to run. Raises OSError."""
+        if self.finished(queue, digest):
+            with _translated():
+                self._db.execute("DELETE FROM finished WHERE queue=? AND digest=?", (queue, digest))
+
+    def _note(self, statement: str, values: tuple[object, ...]) -> None:
+        with _noted():
+            self._db.execute(statement, values)
+
     def _prune(self) -> None:
-        now = time.time()
-        with self._transaction():
-            self._db.execute("DELETE FROM finished WHERE time<?", (now - FINISHED_SECS,))
-            self._db.execute("DELETE FROM attempts WHERE time<?", (now - ATTEMPTS_SECS,))
+        self._pruned = time.time()
+        self._db.execute("DELETE FROM finished WHERE time<?", (self._pruned - FINISHED_SECS,))
+        self._db.execute("DELETE FROM attempts WHERE time<?", (self._pruned - ATTEMPTS_SECS,))
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
         self._db.execute("BEGIN IMMEDIATE")
         try:
             yield
+            self._db.execute("COMMIT")
         except BaseException:
-            self._db.execute("ROLLBACK")
+            if self._db.in_transaction:  # a full disk may have ended it
+                self._db.execute("ROLLBACK")
             raise
-        self._db.execute("COMMIT")
+
+
+@contextlib.contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as exc:
+        raise OSError(f"the attempt ledger cannot be used: {exc}") from exc
+
+
+@contextlib.contextmanager
+def _noted() -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as exc:
+        # A wrong count makes an attempt more or less; stopping here would leave a message neither ended nor run.
+        log.error("the attempt ledger cannot be written", error=str(exc))  # noqa: TRY400 - the error tells it all

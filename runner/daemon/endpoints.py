@@ -49,7 +49,7 @@ class Endpoints:
         wait = FIRST_PROBE_SECS
         while True:
             await asyncio.sleep(wait * random.uniform(0.8, 1.2))
-            if await answers():
+            if await _asked(endpoint, answers):
                 break
             wait = min(wait * 2, LAST_PROBE_SECS)
         log.info(
@@ -64,3 +64,12 @@ class Endpoints:
         for probe in self._probes:
             probe.cancel()
         await asyncio.gather(*self._probes, return_exceptions=True)
+
+
+async def _asked(endpoint: str, answers: Callable[[], Awaitable[bool]]) -> bool:
+    """Whether it answers. When even the question fails, whoever needs it finds out what is wrong."""
+    try:
+        return await answers()
+    except Exception:
+        log.exception("an endpoint cannot be asked", endpoint=endpoint)
+        return True

@@ -1,4 +1,4 @@
-"""Runs that were cut off with their daemon: their documents are ended, their directories removed.
+"""Runs whose documents in storage still say that they run: they were cut off with their daemon, or storage was away at their end.
 
 Their messages come back by themselves and are new attempts; what is done here is only for the readers of the old attempt's
 document, which would say `running` for ever (DESIGN.md 5.6).
@@ -30,22 +30,33 @@ RETRY_SECS = 10.0
 
 
 class Interrupted:
-    """Ends what the last daemon left unfinished, in the background, one after the other."""
+    """Ends such documents in the background, one after the other, and removes the directories of their runs."""
 
     def __init__(self, tools: Tools, states: RunStates, left: Iterable[RunState]) -> None:
         self._tools = tools
         self._states = states
-        self._left = list(left)
+        self._left: asyncio.Queue[RunState] = asyncio.Queue()
+        for state in left:
+            self.add(state)
+
+    def add(self, state: RunState) -> None:
+        """One more."""
+        self._left.put_nowait(state)
 
     async def run(self) -> None:
-        """End them all. Never raises: what cannot be told to its storage server is said in the log, and removed."""
-        for state in self._left:
+        """For ever. Never raises: what cannot be told to its storage server is said in the log, and removed."""
+        while True:
+            state = await self._left.get()
             workspace = Workspace(root=state.root)
             try:
                 await self._end(state, workspace)
-            except (errors.RunnerError, OSError) as exc:
+            except Exception as exc:
+                expected = isinstance(exc, errors.RunnerError | OSError)
                 log.warning(
-                    "the document of an interrupted run cannot be ended", run=state.run_id, error=str(exc)
+                    "the document of an interrupted run cannot be ended",
+                    run=state.run_id,
+                    error=str(exc),
+                    exc_info=not expected,
                 )
             self._states.remove(state.run_id)
             await asyncio.to_thread(workspace.remove)
@@ -58,12 +69,14 @@ class Interrupted:
             tools=self._tools,
             second=state.second,
             started=state.started,
+            attempt=state.attempt,
+            staged=state.staged,
         )
-        experiment.attempt = state.attempt
-        log.info("ending the document of an interrupted run", run=state.run_id, experiment=request.key)
-        outcome = Outcome.of_error(errors.ProcessLost("the runner ended while it ran"))
-        for number in range(TRIES):
-            failed = await experiment.cut_off(outcome)
-            if not any(isinstance(exc, errors.Unreachable) for exc in failed):
-                return
-            await asyncio.sleep(RETRY_SECS * (number + 1))
+        outcome = state.outcome or Outcome.of_error(errors.ProcessLost("the runner ended while it ran"))
+        with experiment.capturing():
+            log.info("ending the document of an interrupted run", experiment=request.key)
+            for number in range(TRIES):
+                failed = await experiment.cut_off(outcome)
+                if not any(isinstance(exc, errors.Unreachable) for exc in failed):
+                    return
+                await asyncio.sleep(RETRY_SECS * (number + 1))

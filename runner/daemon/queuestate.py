@@ -8,9 +8,7 @@ import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import asyncio
-
-    from runner.queues.base import Delivery, QueueBackend, QueueRef
+    from runner.queues.base import QueueBackend, QueueRef
     from runner.request.model import Resources
 
 #: What a queue asked for is forgotten after this long, or a huge first job would starve the small ones behind it.
@@ -36,7 +34,7 @@ class QueueState:
     why: str = ""  #: of the back-off, for people
     failures: int = 0
     running: int = 0
-    wish: asyncio.Task[Delivery] | None = None  #: the standing wait for its next message
+    left: str = ""  #: digest of the message that was left to other hosts last
     _used: float = 0.0
     _used_at: float = dataclasses.field(default_factory=time.monotonic)
 

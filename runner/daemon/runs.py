@@ -1,26 +1,27 @@
-"""The runs in progress: started, adopted, settled. What becomes of each message is decided here (INTEROP.md 10, column REC)."""
+"""The runs in progress: started, resumed, adopted, brought to their end. `daemon.settle` decides what becomes of their messages."""
 
 from __future__ import annotations
 
 import asyncio
-import collections
 import dataclasses
 import os
+import shutil
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import structlog
 
 from runner import errors
 from runner.daemon.runstate import RunState
-from runner.experiment import lifecycle
+from runner.daemon.settle import Settler
 from runner.experiment.lifecycle import Experiment
-from runner.experiment.outcome import Outcome, Status
+from runner.experiment.outcome import Outcome
+from runner.experiment.results import Undelivered
 from runner.experiment.workspace import Workspace
 from runner.telemetry import metrics
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
     from runner.config import Config
@@ -36,14 +37,12 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-#: A message is tried that often at the most (DESIGN.md rule 3).
-MAX_ATTEMPTS = 3
-#: How many finished runs are kept in memory for `status`.
-RECENT = 200
 #: Results that are not stored after this long give their part of the machine back, and go on trying.
 DELIVERY_HOLDS_MACHINE_SECS = 120.0
 #: How often it is looked whether a lost message has come back.
 LOSS_SECS = 1.0
+#: Nothing is started on a disk with less room than that: it would only fail, and count.
+MIN_FREE_BYTES = 64 << 20
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
@@ -54,12 +53,27 @@ class Active:
     delivery: Delivery
     request: Request
     experiment: Experiment
-    attempt: int
     state: RunState
-    started: float = dataclasses.field(default_factory=time.time)
     backend: QueueBackend | None = None  #: that of its delivery; a queue may get another one while it runs
+    allocation: Allocation | None = None  #: its part of the machine, until it gives that back
     settling: bool = False  #: its delivery is being ended: what comes again from now on is no copy of it
     task: asyncio.Task[None] | None = None
+
+    @property
+    def attempt(self) -> int:
+        """Its number, from 1."""
+        return self.state.attempt
+
+    @property
+    def started(self) -> float:
+        """Unix time."""
+        return self.state.started
+
+    def release(self) -> None:
+        """Give its part of the machine back. Idempotent."""
+        if self.allocation is not None:
+            self.allocation.release()
+            self.allocation = None
 
 
 class Runs:
@@ -73,21 +87,38 @@ class Runs:
         ledger: Ledger,
         dead_letters: DeadLetters,
         states: RunStates,
+        undelivered: Iterable[RunState],
+        interrupted: Iterable[RunState],
         endpoints: Endpoints,
+        unrecorded: Callable[[RunState], None],
         changed: Callable[[], None],
     ) -> None:
-        """`changed` is called when something may have opened or closed a queue."""
+        """`undelivered` and `interrupted`: what earlier daemons left (`runstate.sweep`). `unrecorded` takes runs whose documents are to be ended later.
+
+        `changed` is called when something may have opened or closed a queue.
+        """
         self._config = config
         self._tools = tools
         self._ledger = ledger
-        self._dead_letters = dead_letters
         self._states = states
+        self._undelivered = list(undelivered)
+        self._shared = {state.key for state in (*self._undelivered, *interrupted) if state.shared}
         self._endpoints = endpoints
+        self._unrecorded = unrecorded
         self._changed = changed
         self._active: dict[str, Active] = {}
+        self.settler = Settler(
+            config=config,
+            metrics=tools.metrics,
+            ledger=ledger,
+            dead_letters=dead_letters,
+            endpoints=endpoints,
+            others=self._others,
+            changed=changed,
+        )
+        self.recent = self.settler.recent
         self.started_total = 0
         self.idle_since = time.monotonic()
-        self.recent: collections.deque[dict[str, Any]] = collections.deque(maxlen=RECENT)
 
     def __iter__(self) -> Iterator[Active]:
         return iter(list(self._active.values()))
@@ -95,15 +126,24 @@ class Runs:
     def __len__(self) -> int:
         return len(self._active)
 
+    @property
+    def exhausted(self) -> bool:
+        """Whether as many were started as this daemon may start (INTEROP.md 8.6)."""
+        limit = self._config.limits.tasks
+        return bool(limit) and self.started_total >= limit
+
     def find(self, queue: QueueState, digest: str) -> list[Active]:
         """The runs in progress of that message: several, when experimenters publish the same bytes more than once."""
         return [
             active
             for active in self
-            if active.state.queue == queue.ledger_key
-            and active.state.digest == digest
-            and not active.settling
+            if active.state.key == (queue.ledger_key, digest) and not active.settling
         ]
+
+    def _others(self, queue: QueueState, digest: str) -> int:
+        """What the ledger has to know of the runs of those bytes that go on when one has finished: as if each were alone."""
+        twins = self.find(queue, digest)
+        return max((twin.attempt for twin in twins), default=0) + len(twins) - 1 if twins else 0
 
     def orphaned(self, queue: QueueState) -> bool:
         """Whether a run of that queue has lost its message, which is on its way back: it should come here."""
@@ -111,84 +151,106 @@ class Runs:
             active.queue is queue and active.delivery.lost.is_set() and not active.settling for active in self
         )
 
+    def waiting(self, queue: QueueState) -> int:
+        """How many runs of that queue are over and wait for their storage, without a part of the machine."""
+        return sum(active.queue is queue and active.allocation is None for active in self)
+
     def holds(self, delivery: Delivery) -> bool:
         """Whether a run in progress will end that delivery."""
         return any(active.delivery is delivery for active in self)
+
+    def published_anew(self, queue: QueueState, digest: str) -> None:
+        """A message of those bytes has come that is no redelivery: a new run, and what comes again may be either. Raises OSError."""
+        for twin in self.find(queue, digest):
+            if not twin.state.shared:
+                twin.state = dataclasses.replace(twin.state, shared=True)
+                self._states.save(twin.state)
+        self._ledger.published_anew(queue.ledger_key, digest)
 
     def start(self, queue: QueueState, delivery: Delivery, request: Request, allocation: Allocation) -> None:
         """Run it, in a task of its own that ends the delivery. The attempt is counted before anything else happens.
 
         Raises:
-            OSError: its directory cannot be made; nothing was started and nothing counted.
+            OSError: its directory or its state cannot be made; nothing was started and nothing counted.
         """
-        workspace = Workspace.create(self._config.paths.working_dir / "runs", request.key)
-        _write_private(workspace.request, delivery.body)
-        experiment = Experiment(
-            request=request, workspace=workspace, tools=self._tools, granted=allocation.amounts
-        )
+        working_dir = self._config.paths.working_dir
+        if shutil.disk_usage(working_dir).free < MIN_FREE_BYTES:
+            raise OSError(f"less than {MIN_FREE_BYTES >> 20} MiB are free below {working_dir}")
+        twins = self.find(queue, delivery.digest)
+        workspace = Workspace.create(working_dir / "runs", request.key)
+        begun = False
+        try:
+            _write_private(workspace.request, delivery.body)
+            experiment = Experiment(
+                request=request, workspace=workspace, tools=self._tools, granted=allocation.amounts
+            )
+            count = self._ledger.begin(queue.ledger_key, delivery.digest, delivery.attempts)
+            begun = True
+            experiment.attempt = max(1, count - len(twins))
+            state = RunState(
+                run_id=workspace.run_id,
+                root=workspace.root,
+                queue=queue.ledger_key,
+                digest=delivery.digest,
+                second=experiment.accession.second,
+                started=experiment.started,
+                attempt=experiment.attempt,
+                shared=bool(twins) or (queue.ledger_key, delivery.digest) in self._shared,
+            )
+            self._states.save(state)
+        except OSError:
+            if begun:
+                self._ledger.undo(queue.ledger_key, delivery.digest)
+            self._states.remove(workspace.run_id)
+            workspace.remove()
+            raise
         self._tools.metrics.attempt()
-        twins = len(self.find(queue, delivery.digest))
-        attempt = self._ledger.begin(queue.ledger_key, delivery.digest, delivery.attempts) - twins
-        experiment.attempt = attempt
-        state = RunState(
-            run_id=workspace.run_id,
-            root=workspace.root,
-            queue=queue.ledger_key,
-            digest=delivery.digest,
-            second=experiment.accession.second,
-            started=experiment.started,
-            attempt=attempt,
-        )
-        self._states.save(state)
+        self.started_total += 1
         self._begin(
             Active(
                 queue=queue,
                 delivery=delivery,
                 request=request,
                 experiment=experiment,
-                attempt=attempt,
                 state=state,
-            ),
-            allocation,
+                allocation=allocation,
+            )
         )
 
-    def resume(self, queue: QueueState, delivery: Delivery, request: Request, state: RunState) -> None:
-        """A run of an earlier daemon whose results are still to be stored: store them, and end the delivery."""
+    def resume(self, queue: QueueState, delivery: Delivery, request: Request) -> bool:
+        """Whether results of that message are still to be stored: then it is done, and ends the delivery. Raises errors.Refused."""
+        key = (queue.ledger_key, delivery.digest)
+        state = next((each for each in self._undelivered if each.key == key), None)
+        if state is None:
+            return False
         experiment = Experiment.resumed(
             request=request,
             workspace=Workspace(root=state.root),
             tools=self._tools,
             second=state.second,
             started=state.started,
+            attempt=state.attempt,
+            staged=state.staged,
         )
-        experiment.attempt = state.attempt
+        self._undelivered.remove(state)
         self._begin(
-            Active(
-                queue=queue,
-                delivery=delivery,
-                request=request,
-                experiment=experiment,
-                attempt=state.attempt,
-                state=state,
-                started=state.started,
-            ),
-            None,
+            Active(queue=queue, delivery=delivery, request=request, experiment=experiment, state=state)
         )
+        return True
 
-    def _begin(self, active: Active, allocation: Allocation | None) -> None:
+    def _begin(self, active: Active) -> None:
         active.backend = active.queue.backend
         self._active[active.state.run_id] = active
         active.queue.running += 1
-        self.started_total += 1
         added = active.request.time_added
-        waited = None if added is None or allocation is None else time.time() - added
+        waited = None if added is None or active.allocation is None else time.time() - added
         self._tools.metrics.experiment_started(_labels(active), wait_secs=waited)
-        active.task = asyncio.create_task(self._run(active, allocation), name=f"run {active.state.run_id}")
+        active.task = asyncio.create_task(self._run(active), name=f"run {active.state.run_id}")
 
-    async def adopt(self, twins: list[Active], delivery: Delivery) -> None:
+    async def adopt(self, twins: list[Active], delivery: Delivery) -> bool:
         """A message that runs here was delivered again: it is the run's own from now on, unless the run still holds the first.
 
-        DESIGN.md 5.3: only a second copy is acknowledged at once.
+        DESIGN.md 5.3: only a second copy is acknowledged at once. False: it may be another message of the same bytes.
         """
         for active in twins:
             if active.delivery.lost.is_set():
@@ -199,16 +261,20 @@ class Runs:
                     run=active.state.run_id,
                 )
                 await delivery.began(active.attempt)
-                return
+                return True
+        if any(active.state.shared for active in twins):
+            return False
         await delivery.ack()
         log.warning(
             "acknowledged a second copy of a message that runs here",
             queue=str(delivery.queue),
             run=twins[0].state.run_id,
         )
+        return True
 
-    async def _run(self, active: Active, allocation: Allocation | None) -> None:
+    async def _run(self, active: Active) -> None:
         began = time.monotonic()
+        cores = active.allocation.amounts.cpus if active.allocation is not None else 0
         context = {
             "run": active.state.run_id,
             "queue": str(active.queue.ref),
@@ -216,30 +282,23 @@ class Runs:
             "project": active.request.project,
             "attempt": active.attempt,
         }
-        held = allocation
-        with structlog.contextvars.bound_contextvars(**context):
+        with structlog.contextvars.bound_contextvars(**context), active.experiment.capturing():
             watch = asyncio.create_task(self._watch_loss(active), name=f"loss {active.state.run_id}")
             try:
-                outcome, fate = await self._attempt(active, held)
-            except Exception as exc:  # the edge: a defect of ours fails one run, not the daemon
-                log.exception("the runner failed")
-                outcome = Outcome.of_error(
-                    errors.RunnerError(f"the runner failed: {type(exc).__name__}: {exc}")
-                )
-                fate = errors.Fate.REQUEUE
-                if not active.settling:  # nobody has ended the delivery
-                    fate = await self._settle(active, outcome, None)
+                outcome, fate = await self._guarded(active)
             finally:
                 watch.cancel()
-                if held is not None:
-                    held.release()
-                cores = held.amounts.cpus if held is not None else 0
+                active.release()
                 active.queue.running -= 1
                 active.queue.used(cores * (time.monotonic() - began))
                 self._active.pop(active.state.run_id, None)
                 if not self._active:
                     self.idle_since = time.monotonic()
-            self._remember(active, outcome, fate, time.monotonic() - began)
+                self._changed()
+            self._tools.metrics.experiment_finished(
+                _labels(active), status=outcome.status, reason=outcome.reason
+            )
+            self.settler.remember(active, outcome, fate, elapsed_secs=time.monotonic() - began)
 
     async def _watch_loss(self, active: Active) -> None:
         """Until cancelled: when its message is lost, its queue is opened for the redelivered copy, however full the machine is."""
@@ -264,49 +323,71 @@ class Runs:
                 "its lease was lost: another runner has its message, or will have it soon",
             )
 
-    async def _attempt(self, active: Active, allocation: Allocation | None) -> tuple[Outcome, errors.Fate]:
+    async def _guarded(self, active: Active) -> tuple[Outcome, errors.Fate]:
+        """As `_attempt`. A defect of ours fails one run, not the daemon; its directory is left to the next start."""
+        try:
+            return await self._attempt(active)
+        except Exception as exc:
+            log.exception("the runner failed")
+            outcome = Outcome.of_error(errors.RunnerError(f"the runner failed: {type(exc).__name__}: {exc}"))
+            if active.settling:  # the delivery is being ended, or has been
+                return outcome, errors.Fate.REQUEUE
+            return outcome, await self.settler.settle(active, outcome, None)
+
+    async def _attempt(self, active: Active) -> tuple[Outcome, errors.Fate]:
         """How it ended, and what became of its message."""
-        outcome = active.state.outcome
-        kept: Path | None = None
         experiment = active.experiment
         try:
+            outcome = active.state.outcome
             if outcome is None:
                 await active.delivery.began(active.attempt)
-                outcome = await experiment.execute(queue=str(active.queue.ref))
-                active.state = dataclasses.replace(active.state, outcome=outcome)
-                self._states.save(active.state)
-            outcome, kept = await self._deliver(active, outcome, allocation)
-            fate = await self._settle(active, outcome, kept)
-        except BaseException:
-            # Cancelled (a second signal) or a defect: the next start of the daemon sees to what is left.
+                outcome = await experiment.execute()
+                self._save(active, outcome)
+            outcome, results = await self._deliver(active, outcome)
+            fate = await self.settler.settle(active, outcome, results)
+        except BaseException as exc:
+            # A second signal, or a defect: the next start of the daemon sees to what is left.
+            if isinstance(exc, asyncio.CancelledError) and active.state.outcome is None:
+                text = "the runner was told to end at once"
+                self._save(active, Outcome.of_stop(errors.Reason.DRAINED, text))
             await experiment.abandon()
             raise
-        if kept is None and not experiment.undelivered:
+        if results is not None:  # should the message come again, it finds them
+            self._undelivered.append(active.state)
+        elif experiment.unrecorded:
+            self._unrecorded(active.state)
+        elif not experiment.undelivered:
             self._states.remove(active.state.run_id)
             await experiment.discard(keep=self._config.paths.keep_runs)
         return outcome, fate
 
-    async def _deliver(
-        self, active: Active, outcome: Outcome, allocation: Allocation | None
-    ) -> tuple[Outcome, Path | None]:
+    def _save(self, active: Active, outcome: Outcome) -> None:
+        active.state = dataclasses.replace(active.state, outcome=outcome, staged=active.experiment.staged)
+        try:
+            self._states.save(active.state)
+        except OSError as exc:
+            log.warning("how the run ended cannot be written down: a crash would repeat it", error=str(exc))
+
+    async def _deliver(self, active: Active, outcome: Outcome) -> tuple[Outcome, Path | None]:
         """Store the results; the outcome, and where the results are when they cannot be stored."""
         delivery = asyncio.create_task(
             active.experiment.deliver(outcome, on_unreachable=lambda away: self._away(active, away))
         )
         try:
             await asyncio.wait({delivery}, timeout=DELIVERY_HOLDS_MACHINE_SECS)
-            if not delivery.done() and allocation is not None:
+            if not delivery.done() and active.allocation is not None:
                 log.warning("results cannot be stored yet; the machine is given back meanwhile")
-                allocation.release()
+                active.release()
             await delivery
-        except lifecycle.Undelivered as exc:
+        except Undelivered as exc:
             return Outcome.of_stop(errors.Reason.DRAINED, str(exc)), None
         except errors.AttemptFailed as exc:
-            text = f"the results cannot be stored: {exc}; they are kept in {active.state.root}"
-            failed = Outcome.of_error(errors.Refused(text))
-            return dataclasses.replace(
-                failed, reason=exc.reason, exit_code=outcome.exit_code
-            ), active.state.root
+            refusal = Outcome.of_error(
+                errors.Refused(f"the results cannot be stored: {exc}; they are kept in {active.state.root}")
+            )
+            refusal = dataclasses.replace(refusal, reason=exc.reason, exit_code=outcome.exit_code)
+            await active.experiment.cut_off(refusal)
+            return refusal, active.state.root
         finally:
             if not delivery.done():
                 delivery.cancel()
@@ -316,138 +397,6 @@ class Runs:
     def _away(self, active: Active, exc: errors.Unreachable) -> None:
         active.queue.endpoint = exc.endpoint
         self._endpoints.lost(exc.endpoint, lambda: active.experiment.answers(exc.endpoint))
-
-    async def _settle(self, active: Active, outcome: Outcome, kept: Path | None) -> errors.Fate:
-        active.settling = True
-        queue, delivery, digest = active.queue, active.delivery, active.state.digest
-        fate = self._fate(active, outcome)
-        delivery.attempts = active.attempt if outcome.counts else active.attempt - 1
-        if not outcome.counts:
-            self._ledger.undo(queue.ledger_key, digest)
-        else:
-            self._ledger.failed(queue.ledger_key, digest, outcome.reason, outcome.text)
-        told = {
-            "status": outcome.status,
-            "reason": outcome.reason,
-            "text": outcome.text,
-            "exit_code": outcome.exit_code,
-        }
-        match fate:
-            case errors.Fate.ACK:
-                self._ledger.finish(queue.ledger_key, digest)
-                queue.succeeded()
-                in_time = await delivery.ack()
-                self._tools.metrics.delivery("ack" if in_time else "lost")
-                log.info("experiment finished", **told, acknowledged=in_time)
-            case errors.Fate.REQUEUE:
-                wait = 0.0
-                if outcome.reason in {errors.Reason.DRAINED, errors.Reason.LEASE_LOST}:
-                    wait = 0.0
-                elif outcome.endpoint and active.experiment.knows(outcome.endpoint):
-                    queue.endpoint = outcome.endpoint
-                    self._endpoints.lost(
-                        outcome.endpoint, lambda: active.experiment.answers(outcome.endpoint)
-                    )
-                else:
-                    wait = queue.back_off(outcome.text)
-                self._changed()
-                await delivery.requeue(wait)
-                self._tools.metrics.delivery("requeue")
-                log.warning("experiment goes back to its queue", **told, wait_secs=round(wait, 1))
-            case errors.Fate.REJECT:
-                text = (
-                    outcome.text
-                    if outcome.fate is fate
-                    else f"gave up after {active.attempt} attempts: {outcome.text}"
-                )
-                rejected = await self._dead_letter(
-                    queue, delivery, reason=outcome.reason, text=text, attempts=active.attempt, results=kept
-                )
-                fate = errors.Fate.REJECT if rejected else errors.Fate.REQUEUE
-        return fate
-
-    def _fate(self, active: Active, outcome: Outcome) -> errors.Fate:
-        if outcome.fate is errors.Fate.REQUEUE and outcome.counts and active.attempt >= MAX_ATTEMPTS:
-            return errors.Fate.REJECT
-        failed_by_itself = (
-            outcome.status is Status.FAILED and not outcome.by_runner and outcome.fate is errors.Fate.ACK
-        )
-        if failed_by_itself and active.attempt <= self._config.runs.retries:
-            return errors.Fate.REQUEUE
-        return outcome.fate
-
-    async def reject(
-        self,
-        queue: QueueState,
-        delivery: Delivery,
-        *,
-        reason: errors.Reason,
-        text: str,
-        attempts: int,
-        request: Request | None = None,
-    ) -> None:
-        """Dead-letter what does not run, and tell those who follow it."""
-        if await self._dead_letter(queue, delivery, reason=reason, text=text, attempts=attempts):
-            self.recent.append(
-                {
-                    "run": None,
-                    "experiment": request.key if request is not None else None,
-                    "project": request.project if request is not None else None,
-                }
-                | _ending(
-                    queue=str(queue.ref),
-                    digest=delivery.digest,
-                    attempt=attempts,
-                    outcome=Outcome(status=Status.FAILED, reason=reason, text=text, fate=errors.Fate.REJECT),
-                    fate=errors.Fate.REJECT,
-                    elapsed_secs=0.0,
-                )
-            )
-
-    async def _dead_letter(
-        self,
-        queue: QueueState,
-        delivery: Delivery,
-        *,
-        reason: errors.Reason,
-        text: str,
-        attempts: int,
-        results: Path | None = None,
-    ) -> bool:
-        """Dead-letter it, then remove it from its queue. False: it cannot be written, and the message goes back to its queue."""
-        try:
-            path = await asyncio.to_thread(
-                self._dead_letters.add,
-                delivery.queue,
-                delivery.body,
-                digest=delivery.digest,
-                reason=reason,
-                text=text,
-                attempts=attempts,
-                results=results,
-            )
-        except OSError as exc:
-            wait = queue.back_off(f"a dead letter cannot be written: {exc}", at_least_secs=60)
-            log.error(  # noqa: TRY400 - the error tells it all
-                "a dead letter cannot be written; the message goes back to its queue",
-                error=str(exc),
-                wait_secs=round(wait),
-            )
-            await delivery.requeue(wait)
-            return False
-        self._ledger.finish(queue.ledger_key, delivery.digest)
-        self._tools.metrics.dead_letter(reason)
-        await delivery.reject()
-        self._tools.metrics.delivery("reject")
-        log.warning(
-            "message dead-lettered",
-            queue=str(delivery.queue),
-            reason=reason,
-            text=text,
-            attempts=attempts,
-            path=str(path),
-        )
-        return True
 
     def stop_all(self, reason: errors.Reason, text: str, grace_secs: float) -> None:
         """End every run: TERM, grace, KILL; then each is settled by its own task."""
@@ -467,43 +416,10 @@ class Runs:
         if tasks:
             await asyncio.wait(tasks)
 
-    def _remember(self, active: Active, outcome: Outcome, fate: errors.Fate, elapsed_secs: float) -> None:
-        self._tools.metrics.experiment_finished(_labels(active), status=outcome.status, reason=outcome.reason)
-        self.recent.append(
-            active.experiment.summary()
-            | _ending(
-                queue=str(active.queue.ref),
-                digest=active.state.digest,
-                attempt=active.attempt,
-                outcome=outcome,
-                fate=fate,
-                elapsed_secs=elapsed_secs,
-            )
-        )
-
 
 def _write_private(path: Path, content: bytes) -> None:
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
         file.write(content)
-
-
-def _ending(
-    *, queue: str, digest: str, attempt: int, outcome: Outcome, fate: errors.Fate, elapsed_secs: float
-) -> dict[str, Any]:
-    """What `recent` tells of an attempt that is over. Not `final`: its message went back to its queue."""
-    return {
-        "queue": queue,
-        "digest": digest,
-        "attempt": attempt,
-        "stage": "done",
-        "status": outcome.status,
-        "reason": outcome.reason,
-        "text": outcome.text,
-        "exit_code": outcome.exit_code,
-        "fate": fate.value,
-        "final": fate is not errors.Fate.REQUEUE,
-        "elapsed_secs": round(elapsed_secs, 3),
-    }
 
 
 def _labels(active: Active) -> metrics.Run:

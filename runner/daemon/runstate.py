@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import errno
 import os
-import shutil
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +15,17 @@ import structlog
 
 from runner import errors
 from runner.experiment.outcome import Outcome, Status
+from runner.experiment.workspace import Workspace
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from runner.daemon.attempts import Ledger
 
 log = structlog.get_logger(__name__)
 
+#: Results whose message has not come back for so long (another host has run it) are not waited for any more.
+KEEP_SECS = 30 * 24 * 3600
 _APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
 
 
@@ -36,6 +41,13 @@ class RunState:
     started: float  #: unix time
     attempt: int
     outcome: Outcome | None = None  #: set: the workload is over, the results may not be stored yet
+    shared: bool = False  #: another message of the same bytes has come: a redelivery may be either's
+    staged: bool = False  #: with an outcome: whether all inputs were there
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Of its message."""
+        return self.queue, self.digest
 
     def as_document(self) -> dict[str, Any]:
         """For the file."""
@@ -81,13 +93,15 @@ class RunStates:
         (self.directory / f"{run_id}.json").unlink(missing_ok=True)
 
     def load(self) -> list[RunState]:
-        """All that are there; files that cannot be read are removed and named in the log."""
+        """All that are there; files that cannot be read, or were written too long ago, are removed and named in the log."""
         states = []
         for path in sorted(self.directory.glob("*.json")):
             try:
+                if time.time() - path.stat().st_mtime > KEEP_SECS:
+                    raise ValueError("its message has not come back")
                 states.append(_last_whole(path.read_bytes()))
             except (ValueError, KeyError, TypeError, OSError) as exc:
-                log.warning("unreadable run state removed", path=str(path), error=str(exc))
+                log.warning("run state removed", path=str(path), error=str(exc))
                 path.unlink(missing_ok=True)
         return states
 
@@ -102,10 +116,10 @@ def _last_whole(data: bytes) -> RunState:
 
 
 def sweep(states: RunStates, runs: Path) -> tuple[list[RunState], list[RunState]]:
-    """Sort what the last daemon left: runs whose results are still to be stored, and runs that were cut off.
+    """Sort what the last daemon left: runs whose results are still to be stored, and runs whose documents are to be ended.
 
-    Directories that no state tells of, and states whose directory is gone, are removed. No process of theirs is left: their
-    supervisors have seen to that.
+    The latter were cut off, or go back to their queue. Directories of runs that no state tells of, and states whose directory
+    is gone, are removed. No process of theirs is left: their supervisors have seen to that.
     """
     undelivered: list[RunState] = []
     interrupted: list[RunState] = []
@@ -113,14 +127,35 @@ def sweep(states: RunStates, runs: Path) -> tuple[list[RunState], list[RunState]
     for state in states.load():
         if not state.root.is_dir() or state.root.parent != runs:
             states.remove(state.run_id)
-        else:
-            known.add(state.root.name)
-            (interrupted if state.outcome is None else undelivered).append(state)
-    if runs.is_dir():
-        for path in runs.iterdir():
-            if path.name not in known:
-                shutil.rmtree(path, ignore_errors=True)
+            continue
+        known.add(state.root.name)
+        final = state.outcome is not None and state.outcome.fate is errors.Fate.ACK
+        (undelivered if final else interrupted).append(state)
+    for path in runs.iterdir() if runs.is_dir() else ():
+        if path.name not in known and Workspace.is_one(path):
+            Workspace(root=path).remove()
     return undelivered, interrupted
+
+
+def messages(states: Iterable[RunState]) -> dict[str, list[bytes]]:
+    """The messages of those runs, by queue. Those that cannot be read are left out: they come back by themselves."""
+    found: dict[str, list[bytes]] = {}
+    for state in states:
+        with contextlib.suppress(OSError):
+            found.setdefault(state.queue, []).append(Workspace(root=state.root).request.read_bytes())
+    return found
+
+
+def correct(ledger: Ledger, interrupted: Sequence[RunState]) -> None:
+    """Take back attempts that were none: put-backs that were cut off, and all but one of the runs of the same bytes.
+
+    Those ran at the same time, each as the same attempt of a message of its own; what has ended them counts once.
+    """
+    seen = set()
+    for state in interrupted:
+        if state.key in seen or (state.outcome is not None and not state.outcome.counts):
+            ledger.undo(*state.key)
+        seen.add(state.key)
 
 
 def _plain(value: object) -> object:

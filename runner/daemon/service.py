@@ -85,12 +85,12 @@ def private_directory(path: Path, option: str) -> Path:
     """
     try:
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        owner = path.stat().st_uid
+        owner, maker = path.stat().st_uid, path.lstat().st_uid  # a link is as good as who has made it
     except OSError as exc:
         raise errors.UsageError(f"{option} {path}: cannot be used: {exc.strerror}") from exc
-    if owner != os.geteuid():
+    if strangers := {owner} - {os.geteuid()} | {maker} - {os.geteuid(), 0}:
         raise errors.UsageError(
-            f"{option} {path}: belongs to user {owner}, not to {os.geteuid()}; name a directory of your own"
+            f"{option} {path}: belongs to user {min(strangers)}, not to {os.geteuid()}; name a directory of your own"
         )
     return path
 
@@ -134,6 +134,7 @@ class Service:
                 states = runstate.RunStates(state_dir / "runs")
                 undelivered, interrupted = await asyncio.to_thread(runstate.sweep, states, runs_dir)
                 left_behind = await asyncio.to_thread(runstate.messages, [*undelivered, *interrupted])
+                runstate.correct(ledger, interrupted)
                 self._temporary_cache(stack)
                 spawner = Spawner()
                 await spawner.open()
@@ -143,12 +144,16 @@ class Service:
                 endpoints = Endpoints(lambda: dispatcher.notify())  # noqa: PLW0108 - made below
                 stack.push_async_callback(endpoints.aclose)
                 dead_letters = DeadLetters(state_dir / "dead-letter")
+                left = Interrupted(tools, states, interrupted)
                 runs = Runs(
                     config=self._config,
                     tools=tools,
                     ledger=ledger,
                     dead_letters=dead_letters,
                     states=states,
+                    undelivered=undelivered,
+                    interrupted=interrupted,
+                    unrecorded=left.add,
                     endpoints=endpoints,
                     changed=lambda: dispatcher.notify(),  # noqa: PLW0108 - made below
                 )
@@ -158,7 +163,6 @@ class Service:
                     ledger=ledger,
                     endpoints=endpoints,
                     metrics=self._metrics,
-                    undelivered=undelivered,
                     left_behind=left_behind,
                 )
                 catalog = Catalog(
@@ -179,7 +183,7 @@ class Service:
                     "catalog": catalog.run(self._config.queues.refresh_secs),
                     "credentials": accounts.run(),
                     "existence": dispatcher.watch_existence(),
-                    "interrupted": Interrupted(tools, states, interrupted).run(),
+                    "interrupted": left.run(),
                     "limits": self._limits(runs),
                     "watchdog": self._notifier.watchdog(),
                 }
@@ -260,6 +264,11 @@ class Service:
             for side in sides:
                 side.cancel()
             await asyncio.gather(*sides, return_exceptions=True)
+            # Before anything is closed under them: a run whose process is ended by that must not take it for its own end.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(FORCE_SECS):
+                    await dispatcher.drain()
+                    await runs.abort()
 
     def _changed(self, dispatcher: Dispatcher, changes: Sequence[Change]) -> None:
         for change in changes:
@@ -282,23 +291,30 @@ class Service:
             waiting.cancel()
 
     async def _stop(self, dispatcher: Dispatcher, runs: Runs) -> int:
+        """Drain, or be forced; the exit code. What still runs is left to the caller."""
         began = time.monotonic()
-        await dispatcher.drain()
-        log.info("takes no more work", running=len(runs), grace_secs=self._config.runs.grace_secs)
-        if self._config.runs.grace_secs is not None:
-            runs.stop_all(errors.Reason.DRAINED, "the runner was told to stop", self._config.runs.grace_secs)
-        finished = asyncio.create_task(runs.finished(), name="runs finished")
+        ending = asyncio.create_task(self._drain(dispatcher, runs), name="drain")
         forced = asyncio.create_task(self.stop.force.wait(), name="forced")
-        await asyncio.wait({finished, forced}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({ending, forced}, return_when=asyncio.FIRST_COMPLETED)
         forced.cancel()
-        if finished.done():
-            log.info("drained", secs=round(time.monotonic() - began, 1))
-            return 0
-        finished.cancel()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(FORCE_SECS):
-                await runs.abort()
-        return 128 + self.stop.signal
+        if not ending.done():
+            ending.cancel()
+            return 128 + self.stop.signal
+        ending.result()
+        log.info("drained", secs=round(time.monotonic() - began, 1))
+        return 0
+
+    async def _drain(self, dispatcher: Dispatcher, runs: Runs) -> None:
+        await dispatcher.drain()
+        grace_secs = self._config.runs.grace_secs
+        log.info("takes no more work", running=len(runs), grace_secs=grace_secs)
+        finished = asyncio.create_task(runs.finished(), name="runs finished")
+        if grace_secs is not None:
+            signalled = asyncio.create_task(self.stop.signalled.wait(), name="signalled")
+            await asyncio.wait({finished, signalled}, return_when=asyncio.FIRST_COMPLETED)
+            signalled.cancel()
+            runs.stop_all(errors.Reason.DRAINED, "the runner was told to stop", grace_secs)
+        await finished
 
     async def _limits(self, runs: Runs) -> None:
         """End the daemon after so many tasks, or after so long without one (INTEROP.md 8.6)."""

@@ -1,4 +1,7 @@
-"""Stopping is a protocol in two stages: the first signal drains, the second ends at once (DESIGN.md 5.10)."""
+"""Stopping is a protocol in stages: the first signal drains, the second ends at once (DESIGN.md 5.10).
+
+A limit that is reached (INTEROP.md 8.6) drains as well, but is no signal: runs finish whatever `--grace` says.
+"""
 
 from __future__ import annotations
 
@@ -21,23 +24,24 @@ class Stop:
     """What was asked for so far. Handlers only set flags; `daemon.service` acts on them."""
 
     drain: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
+    signalled: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)  #: runs get `--grace`
     force: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
     signal: int = 0  #: the last one; the exit code of a forced stop is 128 and this
 
     def ask(self, number: int = 0) -> None:
-        """The first time drain, the second time force."""
-        self.signal = number
-        if self.drain.is_set():
-            log.warning(
-                "second signal: ending at once", signal=signal.Signals(number).name if number else None
-            )
+        """Drain; by a signal: with `--grace`; by a second one: end at once."""
+        name = signal.Signals(number).name if number else None
+        if number and self.signalled.is_set():
+            log.warning("second signal: ending at once", signal=name)
+            self.signal = number
             self.force.set()
-        else:
-            log.info(
-                "draining",
-                signal=signal.Signals(number).name if number else None,
-            )
-            self.drain.set()
+            return
+        if not self.drain.is_set():
+            log.info("draining", signal=name)
+        self.drain.set()
+        if number:
+            self.signal = number
+            self.signalled.set()
 
     @contextlib.contextmanager
     def on_signals(self) -> Iterator[None]:

@@ -70,9 +70,12 @@ class Artifacts:
             if not (artifact.qualified or artifact.url or artifact.key):
                 log.warning("artifact has no address, ignored", artifact=artifact.tag)
                 continue
-            self._locations[artifact.tag] = locate(
+            location = locate(
                 artifact, self._request, config.s3, allow_env_secrets=config.runs.allow_env_secrets
             )
+            if artifact.mutable and location.scheme in {"http", "https"}:
+                log.warning("mutable artifact at a web address: fetched, never stored", artifact=artifact.tag)
+            self._locations[artifact.tag] = location
 
     def location(self, tag: str) -> Location | None:
         """Where an artifact is; None when the message does not say."""
@@ -92,19 +95,22 @@ class Artifacts:
 
     async def answers(self, endpoint: str) -> bool:
         """Whether that endpoint answers now."""
-        for location in self._locations.values():
-            if location.endpoint == endpoint:
-                return await asyncio.to_thread(self.store(location).reachable)
-        return True
+        there = [location for location in self._locations.values() if location.endpoint == endpoint]
+        return not there or await asyncio.to_thread(lambda: self.store(there[0]).reachable())
 
     async def fetch(self) -> None:
         """Stage every artifact into its directory, all at once.
 
         Raises:
-            errors.ArtifactFailed, errors.ArchiveRefused, errors.StorageUnavailable: the first that went wrong; the others
-                are ended first.
+            errors.ArtifactFailed, errors.ArchiveRefused, errors.StorageUnavailable, errors.DiskFailed: the gravest that
+                went wrong; the others are ended first.
         """
         artifacts = [each for each in self._request.artifacts if each.tag not in _NOT_FETCHED]
+        try:
+            for artifact in self._request.artifacts:
+                self._workspace.artifact(artifact.tag).mkdir(mode=0o700, exist_ok=True)
+        except OSError as exc:
+            raise errors.DiskFailed(f"the directories of the artifacts cannot be made: {exc}") from exc
         try:
             async with asyncio.TaskGroup() as group:
 
@@ -112,8 +118,6 @@ class Artifacts:
                     if location := self.location(artifact.tag):
                         group.create_task(self._fetch(artifact, location), name=f"fetch {artifact.tag}")
 
-                for artifact in self._request.artifacts:
-                    self._workspace.artifact(artifact.tag).mkdir(mode=0o700, exist_ok=True)
                 for artifact in artifacts:
                     if not artifact.mutable:
                         begin(artifact)
@@ -166,8 +170,7 @@ class Artifacts:
                 raise
             log.debug("mutable artifact is not there yet", artifact=artifact.tag)
         except OSError as exc:
-            # A full disk is nothing that the message is to blame for.
-            raise errors.AttemptFailed(f"artifact {artifact.tag!r} cannot be written: {exc}") from exc
+            raise errors.DiskFailed(f"artifact {artifact.tag!r} cannot be written: {exc}") from exc
 
     async def _in_thread(
         self, work: Callable[[Artifact, Location], None], artifact: Artifact, location: Location
@@ -190,7 +193,9 @@ class Artifacts:
         cache = self._tools.cache if not artifact.mutable and location.scheme == "s3" else None
         with contextlib.ExitStack() as stack:
             if cache is not None:
-                stream = stack.enter_context(cache.open(store, location, store.stat(location.key)))
+                stream = stack.enter_context(
+                    cache.open(store, location, store.stat(location.key), cancelled=self._cancelled)
+                )
             else:
                 stream = stack.enter_context(store.open(location.key))
             unpacked = archive.unpack(
@@ -237,7 +242,7 @@ class Artifacts:
 
     async def _upload(self, artifact: Artifact) -> errors.RunnerError | None:
         location = self.location(artifact.tag)
-        if location is None:
+        if location is None or location.scheme in {"http", "https"}:
             return None
         try:
             await self._in_thread(self._upload_blocking, artifact, location)
@@ -248,7 +253,7 @@ class Artifacts:
             return exc
         except OSError as exc:
             log.warning("artifact cannot be packed", artifact=artifact.tag, error=str(exc))
-            return errors.AttemptFailed(f"artifact {artifact.tag!r} cannot be packed: {exc}")
+            return errors.DiskFailed(f"artifact {artifact.tag!r} cannot be packed: {exc}")
         return None
 
     def _upload_blocking(self, artifact: Artifact, location: Location) -> None:

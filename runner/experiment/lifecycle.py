@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
-import random
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +24,13 @@ from runner import errors
 from runner.executors.base import RunSpec
 from runner.experiment import environ
 from runner.experiment.artifacts import Artifacts
+from runner.experiment.cancel import Cancellation
 from runner.experiment.outcome import Outcome
 from runner.experiment.record import Record
+from runner.experiment.results import Results, Undelivered
 from runner.metadata import names
 from runner.process.base import Command
+from runner.process.tail import open_regular
 from runner.request.redact import secret_values
 from runner.telemetry import logs, redact
 
@@ -45,14 +48,6 @@ log = structlog.get_logger(__name__)
 
 #: Between TERM and KILL when the runner ends a workload.
 KILL_GRACE_SECS = 10.0
-#: A run that ends sooner needs no document that says it is running.
-FIRST_CHECKPOINT_SECS = 2.0
-FIRST_RETRY_SECS = 1.0
-LAST_RETRY_SECS = 30.0
-
-
-class Undelivered(Exception):  # noqa: N818 - not a failure: the results are on disk, and a later daemon stores them
-    """The runner has to stop before the results could be stored."""
 
 
 class Experiment:
@@ -68,12 +63,15 @@ class Experiment:
         second: int | None = None,
         started: float | None = None,
     ) -> None:
+        """Raises OSError when the state directory cannot be written. `second` and `started`: of an attempt that was begun."""
         self.request = request
         self.workspace = workspace
         self.attempt = 1
         self.stage = "starting"
         self.started = time.time() if started is None else started
-        self.undelivered = False
+        self.staged = False  #: all inputs are there
+        self.undelivered = False  #: the results are kept for the next daemon
+        self.unrecorded = False  #: its document in storage does not say how it ended
         self._tools = tools
         self._granted = granted
         self.accession = names.Accession(
@@ -83,26 +81,34 @@ class Experiment:
             else second,
         )
         self._artifacts = Artifacts(request, workspace, tools)
-        self._record = Record(self, tools)
+        self._cancellation = Cancellation(request, tools.stores, tools.config)
+        self._record = Record(self, tools, resumed=second is not None)
+        self._results = Results(request, workspace, artifacts=self._artifacts, record=self._record)
         self._secrets = secret_values(request.raw)
-        self._staged = False
         self._process: Process | None = None
         self._work: asyncio.Task[Outcome] | None = None
         self._stopping: tuple[errors.Reason, str] | None = None
-        self._give_up = asyncio.Event()
         self._stops: set[asyncio.Task[Any]] = set()
         self._stage_began = time.monotonic()
 
     @classmethod
     def resumed(
-        cls, *, request: Request, workspace: Workspace, tools: Tools, second: int, started: float
+        cls,
+        *,
+        request: Request,
+        workspace: Workspace,
+        tools: Tools,
+        second: int,
+        started: float,
+        attempt: int,
+        staged: bool,
     ) -> Experiment:
-        """An attempt of an earlier daemon whose workload is over: only `deliver` is left."""
+        """An attempt of an earlier daemon whose workload is over: only `deliver` is left. Raises errors.Refused."""
         experiment = cls(
             request=request, workspace=workspace, tools=tools, granted=None, second=second, started=started
         )
-        experiment._staged = True  # its own class
-        experiment._artifacts.locate()
+        experiment.attempt, experiment.staged = attempt, staged
+        experiment._artifacts.locate()  # its own class
         return experiment
 
     # -- what others may know
@@ -143,27 +149,34 @@ class Experiment:
     def stop(self, reason: errors.Reason, text: str, grace_secs: float = KILL_GRACE_SECS) -> None:
         """End it, in the background; the first reason stays.
 
-        TERM, grace, KILL for the workload, a prompt end for anything before it; results that cannot be stored now are left
-        to the next daemon.
+        TERM, grace, KILL for the workload, a prompt end for anything before it. One whose workload is over stores its results
+        all the same; only when the runner has to end, what cannot be stored now is left to the next daemon.
         """
         if self._stopping is None:
             self._stopping = (reason, text)
-        if self.stage == "uploading":
-            self._give_up.set()
-        elif self._process is not None:
+        if reason is errors.Reason.DRAINED:
+            self._results.give_up()
+        if self._process is not None:
             stop = asyncio.create_task(self._process.stop(grace_secs), name=f"stop {self.workspace.run_id}")
             self._stops.add(stop)
-            stop.add_done_callback(self._stops.discard)
+            stop.add_done_callback(self._stopped)
         elif self._work is not None:
             self._work.cancel()
 
-    async def execute(self, *, queue: str) -> Outcome:
-        """Stage, prepare and run; how it ended. The metadata document on disk is the final one when it returns."""
-        with self._capturing():
-            log.info("experiment started", queue_name=queue, request_warnings=list(self.request.warnings))
-            outcome = await self._outcome()
-            await self._close(outcome)
-            return outcome
+    def _stopped(self, stop: asyncio.Task[Any]) -> None:
+        self._stops.discard(stop)
+        if not stop.cancelled():
+            stop.exception()  # whoever waits for the process is told the same
+
+    async def execute(self) -> Outcome:
+        """Stage, prepare and run; how it ended. The metadata document is the final one when it returns."""
+        log.info("experiment started")
+        for warning in self.request.warnings:
+            log.warning("the message is not quite as it should be", warning=warning)
+        outcome = await self._outcome()
+        outcome = dataclasses.replace(outcome, text=redact.redact_text(outcome.text))
+        await self._close(outcome)
+        return outcome
 
     async def _outcome(self) -> Outcome:
         if self._stopping is not None:
@@ -172,7 +185,8 @@ class Experiment:
         try:
             return await self._work
         except asyncio.CancelledError:
-            if self._stopping is None or not self._work.cancelled():
+            task = asyncio.current_task()
+            if self._stopping is None or (task is not None and task.cancelling()):
                 self._work.cancel()
                 await asyncio.wait({self._work})
                 raise
@@ -180,7 +194,10 @@ class Experiment:
         except errors.RunnerError as exc:
             return Outcome.of_error(exc)
         except OSError as exc:
-            return Outcome.of_error(errors.AttemptFailed(f"the run's directory cannot be used: {exc}"))
+            return Outcome.of_error(errors.DiskFailed(f"the run's directory cannot be used: {exc}"))
+        except Exception as exc:
+            log.exception("the runner failed")
+            return Outcome.of_error(errors.RunnerError(f"the runner failed: {type(exc).__name__}: {exc}"))
 
     async def _run(self) -> Outcome:
         self._artifacts.locate()
@@ -188,7 +205,7 @@ class Experiment:
             return expired
         self._enter("staging")
         await self._artifacts.fetch()
-        self._staged = True
+        self.staged = True
         if (expired := self._expired()) is not None:
             return expired
         self._enter("environment")
@@ -218,14 +235,14 @@ class Experiment:
         command = Command(
             argv=prepared.argv, env=prepared.env, cwd=self.workspace.workspace, output=self.workspace.output
         )
-        async with self._side_task(self._checkpoints()), self._limited():
+        async with self._results.checkpointing(), self._cancellable(), self._limited():
             self._process = await self._tools.spawner.start(command)
             if self._stopping is not None:  # asked for while it was being started
                 self.stop(*self._stopping)
             ended = await self._wait(self._process)
         self._record.ended(ended)
-        if ended.stopped and self._stopping is not None:
-            return Outcome.of_stop(*self._stopping)
+        if ended.stopped:  # without a reason: everything is being closed
+            return Outcome.of_stop(*self._stopping or (errors.Reason.DRAINED, "the runner ended"))
         return Outcome.of_exit(ended)
 
     async def _wait(self, process: Process) -> ProcessExit:
@@ -234,15 +251,6 @@ class Experiment:
         except asyncio.CancelledError:
             await process.stop(0)
             raise
-
-    @contextlib.asynccontextmanager
-    async def _side_task(self, work: Any) -> AsyncIterator[None]:
-        task = asyncio.create_task(work, name=f"checkpoints {self.workspace.run_id}")
-        try:
-            yield
-        finally:
-            task.cancel()
-            await asyncio.wait({task})
 
     @contextlib.asynccontextmanager
     async def _limited(self) -> AsyncIterator[None]:
@@ -264,6 +272,21 @@ class Experiment:
             for timer in timers:
                 timer.cancel()
 
+    @contextlib.asynccontextmanager
+    async def _cancellable(self) -> AsyncIterator[None]:
+        """Stops the run when its experimenter asks for it."""
+        asking = asyncio.create_task(self._cancelled(), name=f"cancellation {self.workspace.run_id}")
+        try:
+            yield
+        finally:
+            asking.cancel()
+            await asyncio.wait({asking})
+
+    async def _cancelled(self) -> None:
+        by = await self._cancellation.asked()
+        log.info("cancelled", by=by)
+        self.stop(errors.Reason.CANCELLED, f"cancelled: {by} says stopped")
+
     def _lifetime_left(self) -> float | None:
         lifetime, added = self.request.lifetime_secs, self.request.time_added
         # Small numbers are no point in time; the reference ignores them too.
@@ -279,39 +302,13 @@ class Experiment:
 
     # -- checkpoints and results
 
-    async def _checkpoints(self) -> None:
-        """For ever: store what changed, each artifact at its own interval."""
-        regular = self.request.checkpoint_secs
-        due = {
-            artifact.tag: time.monotonic() + (artifact.save_frequency_secs or regular)
-            for artifact in self.request.artifacts
-            if artifact.mutable
-        }
-        frequency = {
-            artifact.tag: artifact.save_frequency_secs or regular for artifact in self.request.artifacts
-        }
-        document_due = time.monotonic() + FIRST_CHECKPOINT_SECS
-        while True:
-            await asyncio.sleep(max(0.05, min([document_due, *due.values()]) - time.monotonic()))
-            now = time.monotonic()
-            tags = [tag for tag, when in due.items() if when <= now]
-            began = now
-            failed = await self._artifacts.upload(tags) if tags else []
-            failed += await self._record.upload()
-            for tag in tags:
-                due[tag] = time.monotonic() + frequency[tag]
-            if document_due <= now:
-                document_due = time.monotonic() + regular
-            log.debug(
-                "checkpoint", artifacts=tags, failed=len(failed), secs=round(time.monotonic() - began, 3)
-            )
-
     async def _close(self, outcome: Outcome) -> None:
-        """Write down how it ended: the closing line of the output, and the final document."""
+        """Write down how it ended: the closing line of the output, and the final document. A full disk changes no outcome."""
         if outcome.by_runner:
-            await asyncio.to_thread(
-                _closing_line, self.workspace, f"studio-runner: {redact.redact_text(outcome.text)}"
-            )
+            try:
+                await asyncio.to_thread(_closing_line, self.workspace, f"studio-runner: {outcome.text}")
+            except OSError as exc:
+                log.warning("the output cannot be told why", error=str(exc))
         await asyncio.to_thread(self._record.finish, outcome)
         log.info(
             "workload over",
@@ -324,49 +321,23 @@ class Experiment:
     async def deliver(
         self, outcome: Outcome, *, on_unreachable: Callable[[errors.Unreachable], None]
     ) -> None:
-        """Store the results. Returns when they are durable, or, where the outcome does not depend on them, when that was tried.
-
-        While a server is away it goes on trying, for ever, and calls `on_unreachable` each time.
-
-        Raises:
-            errors.AttemptFailed: the server refuses them.
-            Undelivered: `stop` was called meanwhile.
-        """
+        """Store the results: as `Results.deliver`, with what it raises."""
         self._enter("uploading")
-        with self._capturing():
-            wait = FIRST_RETRY_SECS
-            while failed := await self._deliver_once(outcome):
-                if outcome.fate is not errors.Fate.ACK:
-                    return
-                away = [exc for exc in failed if isinstance(exc, errors.Unreachable)]
-                if not away:
-                    raise errors.AttemptFailed(str(failed[0])) from failed[0]
-                on_unreachable(away[0])
-                log.warning(
-                    "results cannot be stored yet, trying again", error=str(away[0]), wait_secs=round(wait, 1)
-                )
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(wait * random.uniform(0.8, 1.2)):
-                        await self._give_up.wait()
-                    self.undelivered = True
-                    raise Undelivered(
-                        f"the results could not be stored yet ({away[0]}); they are kept in {self.workspace.root}"
-                    )
-                wait = min(wait * 2, LAST_RETRY_SECS)
+        try:
+            self.unrecorded = not await self._results.deliver(
+                outcome, staged=self.staged, on_unreachable=on_unreachable
+            )
+        except Undelivered:
+            self.undelivered = True
+            raise
         self._enter("done")
 
-    async def _deliver_once(self, outcome: Outcome) -> list[errors.RunnerError]:
-        # Of an attempt that was not staged completely only the output may be stored: the rest would overwrite older results.
-        failed = await self._artifacts.upload(None if self._staged else {"output"})
-        if failed and outcome.fate is errors.Fate.ACK:
-            return failed  # the document says that the results are there: not before they are
-        return await self._record.upload(final=True) or failed
-
     async def cut_off(self, outcome: Outcome) -> list[errors.RunnerError]:
-        """The daemon that ran this attempt is dead: end its document. Nothing but metadata is stored; what failed is returned."""
-        with self._capturing():
-            await asyncio.to_thread(self._record.finish, outcome)
-            return await self._record.upload(final=True)
+        """End its document, and store nothing else: its daemon has died, or its results are refused. What failed is returned."""
+        await asyncio.to_thread(self._record.finish, outcome)
+        failed = await self._record.upload(final=True)
+        self.unrecorded = bool(failed)
+        return failed
 
     async def abandon(self) -> None:
         """The daemon ends at once: nothing is stored or removed. The supervisor sees to the processes."""
@@ -385,18 +356,20 @@ class Experiment:
         log.debug("stage", stage=stage)
 
     @contextlib.contextmanager
-    def _capturing(self) -> Iterator[None]:
-        """This run's records go to its own log as well, and its secrets go nowhere."""
-        with (
-            logs.capture(self.workspace.run_id, self.workspace.runner_log),
-            redact.secrets.known(self._secrets),
-        ):
+    def capturing(self) -> Iterator[None]:
+        """While it is open, this run's records go to its own log as well, and its secrets go nowhere. Open it around all else."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(redact.secrets.known(self._secrets))
+            try:
+                stack.enter_context(logs.capture(self.workspace.run_id, self.workspace.runner_log))
+            except OSError as exc:
+                log.warning("the run has no log of its own", error=str(exc))
             yield
 
 
 def _closing_line(workspace: Workspace, line: str) -> None:
-    with workspace.output.open("ab+") as file:
-        end = file.tell()
+    with open_regular(workspace.output, os.O_RDWR | os.O_APPEND | os.O_CREAT) as file:
+        end = file.seek(0, 2)
         if end:
             file.seek(end - 1)
             if file.read(1) != b"\n":

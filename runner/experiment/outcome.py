@@ -86,8 +86,11 @@ class Outcome:
 
     @classmethod
     def of_stop(cls, reason: errors.Reason, text: str) -> Outcome:
-        """The runner ended it. Only a drained one goes back to its queue, and that is no attempt."""
-        drained = reason is errors.Reason.DRAINED
+        """The runner ended it. Only a drained one goes back to its queue, and that is no attempt.
+
+        Nor is one whose lease was lost: its message is there already, or with another runner.
+        """
+        drained = reason in {errors.Reason.DRAINED, errors.Reason.LEASE_LOST}
         return cls(
             status=_STOPS.get(reason, Status.FAILED),
             reason=reason,

@@ -2,6 +2,8 @@
 
 All three lie as files in the run's directory, and are stored from there: so a restarted daemon can store what an earlier one
 left (DESIGN.md 5.6, INTEROP.md 5). Blocking methods run in worker threads, one at a time.
+
+A disk that takes no more costs what would have been written last, never the run: the document is then stored from memory.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import io
 import os
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import orjson
 import structlog
@@ -22,9 +24,10 @@ from runner.experiment.outcome import Status
 from runner.metadata import store as manifests
 from runner.metadata.document import Document, Subject
 from runner.metadata.scrape import Scraper
-from runner.process.tail import Tail
+from runner.process.tail import Tail, open_regular
 from runner.request.model import Artifact, Request
 from runner.request.redact import redact
+from runner.storage.base import NotFound
 from runner.storage.location import locate
 
 if TYPE_CHECKING:
@@ -41,6 +44,8 @@ log = structlog.get_logger(__name__)
 
 #: Output is scraped in pieces of this size.
 CHUNK_BYTES = 1 << 20
+#: What the workload has told is shown up to this size: finished runs are remembered with it.
+LAST_BYTES = 32 << 10
 #: Where the three objects of each run lie, at the root of the bucket of the `_metadata` artifact.
 PREFIX = "metadata/"
 
@@ -48,9 +53,14 @@ PREFIX = "metadata/"
 class Record:
     """Writes and stores the metadata of one attempt."""
 
-    def __init__(self, experiment: Experiment, tools: Tools) -> None:
+    def __init__(self, experiment: Experiment, tools: Tools, *, resumed: bool = False) -> None:
+        """`resumed`: of an attempt of an earlier daemon, which may have stored the final document already."""
+        self.last: Any = (
+            None  #: what the workload has told so far: the document's `experiment`, unless it is large
+        )
         self._experiment = experiment
         self._tools = tools
+        self._resumed = resumed
         self._workspace = experiment.workspace
         self._schema = tools.config.runs.metadata_schema
         self._tail = Tail(self._workspace.output)
@@ -59,14 +69,12 @@ class Record:
         self._stored: dict[str, tuple[int, int]] = {}  # object name -> size and mtime of what it holds
         self._document: Document | None = None
         self._facts: dict[str, object] | None = None
+        self._unwritten: bytes | None = None  # the document, when the disk has not taken it
+        self._version = 0  # of the document; counts what was written
+        self._stored_version: int | None = None
         self._exit: ProcessExit | None = None
         self._outcome: Outcome | None = None
         self._stopped: float | None = None
-
-    @property
-    def last(self) -> Any:
-        """What the workload has told so far: the document's `experiment`."""
-        return self._document.last if self._document is not None else None
 
     def running(self, facts: Mapping[str, object]) -> None:
         """The workload is about to start; `facts` are the executor's. Nothing is written yet."""
@@ -83,16 +91,18 @@ class Record:
             self._write()
 
     def finish(self, outcome: Outcome) -> None:
-        """Scrape the rest, and write the final document. Blocking; the document does not change after that."""
+        """Scrape the rest, and write the final document. Blocking. A second call is for an outcome that became another."""
         with self._lock:
+            first = self._outcome is None
             self._outcome, self._stopped = outcome, time.time()
             self._scrape()
             document = self._begun()
             for directive in self._scraper.finish():
                 document.apply(directive)
-            self._tools.metrics.bad_directive(
-                document.bad + self._scraper.unparsable + self._scraper.too_long
-            )
+            if first:
+                self._tools.metrics.bad_directive(
+                    document.bad + self._scraper.unparsable + self._scraper.too_long
+                )
             document.set_final(
                 status=outcome.status,
                 reason=outcome.reason,
@@ -100,6 +110,7 @@ class Record:
                 exit_code=outcome.exit_code,
                 **self._used(),
             )
+            self._show()
             self._write()
 
     async def upload(self, *, final: bool = False) -> list[errors.RunnerError]:
@@ -108,6 +119,7 @@ class Record:
         `final`: `finish` was called, and nothing of this run is stored after it.
         """
         target = self._target()
+        failed: list[errors.RunnerError] = []
         try:
             if not final:
                 await asyncio.to_thread(self.update)
@@ -116,16 +128,23 @@ class Record:
                     asyncio.to_thread(self._put, target, self._names[0], self._workspace.output),
                     asyncio.to_thread(self._put, target, self._names[1], self._workspace.runner_log),
                 )
-                await asyncio.to_thread(self._put, target, self._names[2], self._workspace.document)
-            if self._tools.config.runs.metadata_store is not None:
-                await asyncio.to_thread(self._put_manifest, target)
+                await asyncio.to_thread(self._put_document, target)
         except errors.RunnerError as exc:
             log.warning("metadata cannot be stored", error=str(exc))
-            return [exc]
+            failed.append(exc)
         except OSError as exc:
             log.warning("metadata cannot be read", error=str(exc))
-            return [errors.AttemptFailed(f"the metadata cannot be read: {exc}")]
-        return []
+            failed.append(errors.DiskFailed(f"the metadata cannot be read: {exc}"))
+        if self._tools.config.runs.metadata_store is not None:
+            await self._tell_store(target)
+        return failed
+
+    async def _tell_store(self, target: Location | None) -> None:
+        """The operator's own store is told as well. No message's fate depends on it."""
+        try:
+            await asyncio.to_thread(self._put_manifest, target)
+        except (errors.RunnerError, OSError) as exc:
+            log.warning("the metadata store cannot be told of the run", error=str(exc))
 
     @property
     def _names(self) -> tuple[str, str, str]:
@@ -171,10 +190,19 @@ class Record:
 
     def _scrape(self) -> None:
         document = self._begun()
-        while data := self._tail.read_new(CHUNK_BYTES):
-            self._tools.metrics.scraped(len(data))
-            for directive in self._scraper.feed(data):
-                document.apply(directive)
+        try:
+            while data := self._tail.read_new(CHUNK_BYTES):
+                self._tools.metrics.scraped(len(data))
+                for directive in self._scraper.feed(data):
+                    document.apply(directive)
+        except OSError as exc:
+            log.warning("output cannot be read", error=str(exc))
+        self._show()
+
+    def _show(self) -> None:
+        """A copy, for other threads."""
+        told = orjson.dumps(self._begun().last)
+        self.last = orjson.loads(told) if len(told) <= LAST_BYTES else None
 
     def _used(self) -> dict[str, Any]:
         if self._exit is None:
@@ -190,13 +218,20 @@ class Record:
         }
 
     def _write(self) -> None:
+        content = self._begun().to_bytes()
+        self._version += 1
         partial = self._workspace.document.with_suffix(".partial")
-        partial.write_bytes(self._begun().to_bytes())
-        partial.replace(self._workspace.document)
+        try:
+            partial.write_bytes(content)
+            partial.replace(self._workspace.document)
+            self._unwritten = None
+        except OSError as exc:
+            log.warning("the metadata document cannot be written", error=str(exc))
+            self._unwritten = content
 
     def _put(self, target: Location, name: str, path: Path) -> None:
         try:
-            file = path.open("rb")
+            file = open_regular(path)
         except FileNotFoundError:
             return
         with file:
@@ -206,6 +241,32 @@ class Record:
                 # The size of now: what a running workload adds meanwhile goes with the next checkpoint.
                 self._experiment.artifacts.put(target.at(PREFIX + name), file, info.st_size)
                 self._stored[name] = state
+
+    def _put_document(self, target: Location) -> None:
+        location, version = target.at(PREFIX + self._names[2]), self._version
+        if self._stored_version == version:
+            return
+        if not (self._resumed and self._is_final(location)):
+            with self._opened_document() as source:
+                self._experiment.artifacts.put(location, source, source.seek(0, 2) - source.seek(0))
+        self._stored_version = version
+
+    def _opened_document(self) -> BinaryIO:
+        if self._unwritten is not None:
+            return io.BytesIO(self._unwritten)
+        return self._workspace.document.open("rb")
+
+    def _is_final(self, location: Location) -> bool:
+        """Whether an earlier daemon has stored the final document: from then on it belongs to those who annotate it."""
+        try:
+            with self._experiment.artifacts.store(location).open(location.key) as stream:
+                stored = orjson.loads(stream.read())
+            return bool(stored["studioml"]["status"] != Status.RUNNING)
+        except NotFound:
+            return False
+        except (errors.ArtifactFailed, ValueError, KeyError, TypeError) as exc:
+            log.debug("what is stored is no document", error=str(exc))
+            return False
 
     def _put_manifest(self, target: Location | None) -> None:
         experiment = self._experiment

@@ -21,7 +21,8 @@ import functools
 import hashlib
 import itertools
 import os
-import shutil
+import re
+import secrets
 import struct
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,9 @@ _GET_FLAGS, _SET_FLAGS = (
     direction | struct.calcsize("l") << 16 | 0x6600 for direction in (0x80000001, 0x40000002)
 )
 _TOP_DIRECTORY = 17
+
+
+_NAME = re.compile(r"[0-9a-f]{16}\.[0-9]+")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,6 +65,11 @@ class Workspace:
                 directory.mkdir(mode=0o700)
             return workspace
         raise AssertionError  # count() does not end
+
+    @staticmethod
+    def is_one(path: Path) -> bool:
+        """Whether that may be a run's directory: `runs` is also what other programs call theirs."""
+        return _NAME.fullmatch(path.name) is not None and path.is_dir() and not path.is_symlink()
 
     @property
     def run_id(self) -> str:
@@ -119,16 +128,34 @@ class Workspace:
         """Remove all of it. Blocking. What cannot be removed stays, and the next start of the daemon tries again."""
         try:
             _remove(os.fspath(self.root))
-        except OSError:
-            self._insist()
+        except (OSError, RecursionError):
+            _insist(os.fspath(self.root))
 
-    def _insist(self) -> None:
-        shutil.rmtree(self.root, ignore_errors=True)
-        if self.root.exists():  # a workload may have taken away its own rights
-            for directory, _, _ in os.walk(self.root):
+
+def _insist(top: str) -> None:
+    """Remove what a workload has made hard to remove: by rights taken away, or by directories deeper than paths and calls go.
+
+    Each directory is moved to the top before it is emptied, so no path grows.
+    """
+    with contextlib.suppress(OSError):
+        os.chmod(top, 0o700)  # noqa: PTH101
+    prefix, number, waiting = os.path.join(top, f".{secrets.token_hex(4)}-"), 0, [top]  # noqa: PTH118
+    while waiting:
+        directory = waiting.pop()
+        with contextlib.suppress(OSError), os.scandir(directory) as listing:
+            for entry in list(listing):
                 with contextlib.suppress(OSError):
-                    os.chmod(directory, 0o700)  # noqa: PTH101 - names from walk are text
-            shutil.rmtree(self.root, ignore_errors=True)
+                    if entry.is_dir(follow_symlinks=False):
+                        number += 1
+                        os.chmod(entry.path, 0o700)  # noqa: PTH101 - names from scandir are text
+                        os.rename(entry.path, f"{prefix}{number}")  # noqa: PTH104
+                        waiting.append(f"{prefix}{number}")
+                    else:
+                        os.unlink(entry.path)  # noqa: PTH108
+            if directory != top:
+                os.rmdir(directory)  # noqa: PTH106
+    with contextlib.suppress(OSError):
+        os.rmdir(top)  # noqa: PTH106
 
 
 def _remove(directory: str) -> None:

@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import errno
+import os
+import stat
+from typing import TYPE_CHECKING, BinaryIO
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+
+def open_regular(path: Path, flags: int = os.O_RDONLY) -> BinaryIO:
+    """Open, unbuffered, a file that lies where a workload can put something else: a named pipe would wait for ever.
+
+    Raises OSError; FileNotFoundError also for a link, and for what is no regular file.
+    """
+    try:
+        fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+    except OSError as exc:
+        if exc.errno in {errno.ELOOP, errno.ENXIO}:
+            raise FileNotFoundError(errno.ENOENT, "no regular file", str(path)) from exc
+        raise
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise FileNotFoundError(errno.ENOENT, "no regular file", str(path))
+    return os.fdopen(fd, "r+b" if flags & os.O_RDWR else "rb", buffering=0)
 
 
 class Tail:
@@ -25,7 +45,7 @@ class Tail:
         when there is a file but it cannot be read.
         """
         try:
-            file = self.path.open("rb", buffering=0)
+            file = open_regular(self.path)
         except FileNotFoundError:
             return b""
         with file:

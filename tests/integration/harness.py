@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import tarfile
+import time
 from typing import TYPE_CHECKING, Any
 
 from runner import config
@@ -44,6 +45,7 @@ class Daemon:
         self.service = service
         self.config = settings
         self.storage = root / "storage"
+        self.began = time.time()
         self.task = asyncio.create_task(service.run())
 
     def message(self, script: str, key: str = "exp", **experiment: Any) -> bytes:
@@ -147,7 +149,8 @@ async def daemon(
         yield running
     finally:
         if not running.task.done():
-            (service.stop.drain if drain else service.stop.force).set()
+            if not drain:
+                service.stop.force.set()
             service.stop.drain.set()
         async with asyncio.timeout(LIMIT_SECS):
             await running.task

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 
 import pytest
 
@@ -70,7 +71,7 @@ async def test_draining_with_a_grace_gives_the_message_back_uncounted(tmp_path):
     async with daemon(tmp_path, queue, runs={"grace_secs": 1.0}) as it:
         await it.submit(script)
         await it.until(it.printed)
-        it.service.stop.ask()
+        it.service.stop.ask(signal.SIGTERM)
         assert await asyncio.wait_for(it.task, LIMIT_SECS) == 0
         (document,) = it.documents()
         assert (document["studioml"]["status"], document["studioml"]["reason"]) == ("stopped", "drained")
@@ -78,7 +79,7 @@ async def test_draining_with_a_grace_gives_the_message_back_uncounted(tmp_path):
         assert queue.depth("rmq_a") == 1
     async with daemon(tmp_path, MemoryBackend(broker=queue.broker), runs={"grace_secs": 0.0}) as it:
         await it.until(it.printed)
-        it.service.stop.ask()
+        it.service.stop.ask(signal.SIGTERM)
         await asyncio.wait_for(it.task, LIMIT_SECS)
         assert it.documents()[-1]["runner"]["attempt"] == 1
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import textwrap
@@ -79,3 +81,47 @@ def test_a_file_that_is_no_ledger_is_the_operators_to_move(tmp_path):
     path.write_text("not a database, but long enough to be looked at as one " * 10)
     with pytest.raises(errors.UsageError, match="move it away"):
         Ledger(path)
+
+
+def test_a_new_message_of_finished_bytes_is_no_finished_one(ledger):
+    ledger.begin("q", "d")
+    ledger.finish("q", "d")
+    ledger.published_anew("q", "d")  # should the runner die now, its redelivery has to run
+    assert not ledger.finished("q", "d")
+
+
+def test_bytes_that_were_there_twice_are_not_known_as_finished(ledger):
+    ledger.begin("q", "d")
+    ledger.begin("q", "d")
+    ledger.finish("q", "d", others=1, unique=False)
+    assert ledger.attempts("q", "d").count == 1
+    assert not ledger.finished("q", "d")
+    ledger.finish("q", "d", unique=False)
+    assert ledger.attempts("q", "d").count == 0
+    assert not ledger.finished("q", "d")
+
+
+def test_it_is_private_and_forgets_while_it_runs(tmp_path, monkeypatch):
+    path = tmp_path / "ledger.sqlite"
+    ledger = Ledger(path)
+    assert path.stat().st_mode & 0o777 == 0o600
+    ledger.finish("q", "old")
+    later = time.time() + 25 * 3600
+    monkeypatch.setattr(time, "time", lambda: later)
+    ledger.finish("q", "new")
+    ledger.close()
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        assert db.execute("SELECT digest FROM finished").fetchall() == [("new",)]
+
+
+def test_a_full_disk_stops_what_begins_and_nothing_else(ledger):
+    ledger.begin("q", "d")
+    ledger._db.execute("PRAGMA query_only=1")  # as a disk that takes no more
+    with pytest.raises(OSError, match="ledger"):
+        ledger.begin("q", "d")
+    with pytest.raises(OSError, match="ledger"):
+        ledger.begin("q", "e")
+    ledger.failed("q", "d", "artifact", "x")
+    ledger.undo("q", "d")
+    ledger.finish("q", "d")
+    assert ledger.attempts("q", "d").count == 1

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import time
 
 from runner import errors
 from runner.daemon import runstate
@@ -32,7 +34,7 @@ def test_it_comes_back_as_it_was(tmp_path):
 def test_the_sweep_keeps_what_is_undelivered_and_removes_what_nobody_knows(tmp_path):
     runs = tmp_path / "runs"
     states = RunStates(tmp_path / "state")
-    for name in ("cut.0", "done.0", "stranger.0"):
+    for name in ("cut.0", "done.0", "0123456789abcdef.0", "tensorboard"):
         (runs / name).mkdir(parents=True)
     done = state(runs, "done.0", Outcome.of_stop(errors.Reason.TIMEOUT, "x"))
     for each in (state(runs, "cut.0"), done, state(runs, "vanished.0")):
@@ -40,7 +42,8 @@ def test_the_sweep_keeps_what_is_undelivered_and_removes_what_nobody_knows(tmp_p
     undelivered, interrupted = runstate.sweep(states, runs)
     assert undelivered == [done]
     assert [each.run_id for each in interrupted] == ["cut.0"]
-    assert sorted(path.name for path in runs.iterdir()) == ["cut.0", "done.0"]
+    # What no runner has made is not the runner's to remove.
+    assert sorted(path.name for path in runs.iterdir()) == ["cut.0", "done.0", "tensorboard"]
     assert "vanished.0" not in {each.run_id for each in states.load()}
 
 
@@ -70,3 +73,23 @@ def test_a_torn_file_is_removed_and_said(tmp_path):
     (tmp_path / "y.json").write_text("[1]")
     assert states.load() == []
     assert list(tmp_path.glob("*.json")) == []
+
+
+def test_only_final_outcomes_are_resumed(tmp_path):
+    runs = tmp_path / "runs"
+    states = RunStates(tmp_path / "state")
+    (runs / "back.0").mkdir(parents=True)
+    back = state(runs, "back.0", Outcome.of_stop(errors.Reason.DRAINED, "x"))
+    states.save(back)
+    assert runstate.sweep(states, runs) == ([], [back])
+
+
+def test_results_that_nobody_comes_for_are_forgotten(tmp_path):
+    runs = tmp_path / "runs"
+    states = RunStates(tmp_path / "state")
+    (runs / "0123456789abcdef.0").mkdir(parents=True)
+    states.save(state(runs, "0123456789abcdef.0", Outcome.of_stop(errors.Reason.TIMEOUT, "x")))
+    long_ago = time.time() - runstate.KEEP_SECS - 1
+    os.utime(tmp_path / "state" / "0123456789abcdef.0.json", (long_ago, long_ago))
+    assert runstate.sweep(states, runs) == ([], [])
+    assert not list(runs.iterdir())

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import stat
 
 from runner.experiment.workspace import Workspace, spread
@@ -42,6 +43,20 @@ def test_a_tree_is_removed_whole_and_links_are_not_followed(tmp_path):
     workspace.remove()
     assert not workspace.root.exists()
     assert (outside / "precious").exists()
+
+
+def test_a_tree_that_is_deeper_than_paths_and_calls_go_is_removed(tmp_path):
+    workspace = Workspace.create(tmp_path, "key")
+    top = os.open(workspace.workspace, os.O_RDONLY)
+    for _ in range(3000):
+        os.mkdir("d" * 20, dir_fd=top)
+        inner = os.open("d" * 20, os.O_RDONLY, dir_fd=top)
+        os.close(top)
+        top = inner
+    os.close(os.open("f", os.O_CREAT, dir_fd=top))
+    os.close(top)
+    workspace.remove()
+    assert not workspace.root.exists()
 
 
 def test_a_directory_is_spread_where_that_can_be(tmp_path):
