@@ -69,11 +69,21 @@ class Delivery(abc.ABC):
         self.queue = queue
         self.body = body
         self.redelivered = redelivered  #: the broker says that somebody had it before
-        self.attempts = attempts  #: attempts that travelled with the message (a lease's header), 0 if none
+        #: Attempts that travelled with the message (a lease's header), 0 if none; what it says when it is given back.
+        self.attempts = attempts
         self.headers = dict(headers or {})
         self.lost = asyncio.Event()  #: set, in the daemon's loop, when the hold is gone
+        #: With `lost`, or later: another runner has the message, or may have; a run of it here has to stop.
+        self.superseded = False
         #: With `queue`, the identity of the message (DESIGN.md 5.3).
         self.digest = hashlib.sha256(body).hexdigest()
+
+    async def began(self, attempt: int) -> None:
+        """A run of it starts, or goes on: its attempt number `attempt`, which travels with the message from now on where it can.
+
+        Returns when that is durable, for a message that was delivered before; never raises, and waits some seconds at most.
+        """
+        self.attempts = attempt
 
     @abc.abstractmethod
     async def ack(self) -> bool:
@@ -154,6 +164,13 @@ class QueueBackend(abc.ABC):
     @abc.abstractmethod
     async def existence(self, queue: QueueRef) -> Existence:
         """Whether the queue is there, asked of the broker now. Never raises: a broker that is away gives UNKNOWN."""
+
+    async def reclaim(self, queue: QueueRef, body: bytes) -> Delivery | None:  # noqa: ARG002 - for those who hold by leases
+        """A message that an earlier process of this daemon held, where it would not come back at once by itself.
+
+        Held by us again, and marked `redelivered`; None when there is none. Never raises, and waits some seconds at most.
+        """
+        return None
 
     @abc.abstractmethod
     async def publish(self, queue: QueueRef, body: bytes) -> None:

@@ -9,17 +9,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import functools
+import secrets
+import socket
 
 import pika
 import structlog
 from pika import exceptions
 
-from runner import errors
+from runner import config, errors
 from runner.queues import (
     base,
     rabbitmq_channels,
     rabbitmq_connection,
     rabbitmq_consumer,
+    rabbitmq_leases,
     rabbitmq_management,
     rabbitmq_publishing,
 )
@@ -28,7 +32,9 @@ log = structlog.get_logger(__name__)
 
 EXISTENCE_SECS = 10.0
 PUBLISH_SECS = 15.0
+RECLAIM_SECS = 10.0
 CLOSE_SECS = 5.0
+LEASE = config.RmqLease()
 LEARNING_AT_ONCE = 2  #: how many questions about single queues the management API gets at a time
 
 
@@ -37,8 +43,18 @@ class RabbitmqBackend(base.QueueBackend):
 
     kind = "rabbitMQ"
 
-    def __init__(self, url: str, management_url: str | None = None, *, account: str | None = None) -> None:
-        """`url` is amqp or amqps with pika's parameters in its query, credentials percent-encoded once.
+    def __init__(
+        self,
+        url: str,
+        management_url: str | None = None,
+        *,
+        account: str | None = None,
+        lease: config.RmqLease | None = LEASE,
+        owner: str | None = None,
+    ) -> None:
+        """`owner` names this daemon in leases, the same after a restart; without `lease` messages are held by channels only.
+
+        `url` is amqp or amqps with pika's parameters in its query, credentials percent-encoded once.
 
         `management_url` defaults to port 15672 (15671 with TLS) of the same host, and to the same credentials.
         Raises `errors.UsageError`, without the URL in its text.
@@ -59,6 +75,10 @@ class RabbitmqBackend(base.QueueBackend):
         self._publishing: dict[str, rabbitmq_publishing.Publisher] = {}
         self._consumers: set[rabbitmq_consumer.RabbitmqConsumer] = set()
         self._durable: dict[base.QueueRef, bool] = {}
+        self._quorum: set[tuple[str, str]] = set()
+        self._terms = lease
+        self._owner = owner or f"{socket.gethostname()}-{secrets.token_hex(4)}"
+        self._leases: dict[str, rabbitmq_leases.Leases] = {}
         self._learning: set[asyncio.Task[None]] = set()
         self._learners = asyncio.Semaphore(LEARNING_AT_ONCE)
 
@@ -73,7 +93,11 @@ class RabbitmqBackend(base.QueueBackend):
             task.cancel()
         for consumer in tuple(self._consumers):
             consumer.fail(self._unavailable("the account was closed"))
+        for leases in self._leases.values():
+            with contextlib.suppress(TimeoutError, rabbitmq_connection.Closed):
+                await self._lane.call(leases.close, limit=CLOSE_SECS)
         links = [*self._consuming.values(), *(publisher.link for publisher in self._publishing.values())]
+        links += [leases.publishing for leases in self._leases.values()]
         with contextlib.suppress(TimeoutError, rabbitmq_connection.Closed):
             await self._lane.call(rabbitmq_connection.close_all, links, limit=CLOSE_SECS)
         await self._lane.stop()
@@ -86,11 +110,12 @@ class RabbitmqBackend(base.QueueBackend):
 
     async def consumer(self, queue: base.QueueRef) -> rabbitmq_consumer.RabbitmqConsumer:
         """As the contract says; it gets a channel of its own at its first `next`."""
-        assert self._loop is not None, "open() comes first"
         consumer = rabbitmq_consumer.RabbitmqConsumer(
             queue,
-            rabbitmq_consumer.Crossing(lane=self._lane, loop=self._loop),
+            self._crossing(),
             self._consuming_link(queue.vhost),
+            leases=self._leases_of(queue.vhost),
+            is_quorum=functools.partial(self._is_quorum, queue.vhost),
             on_first=self._learn_soon,
             on_close=self._consumers.discard,
         )
@@ -116,6 +141,27 @@ class RabbitmqBackend(base.QueueBackend):
         if there is False and (seen or self._durable.get(queue, False)):
             return base.Existence.GONE
         return base.Existence.UNKNOWN
+
+    async def reclaim(self, queue: base.QueueRef, body: bytes) -> rabbitmq_consumer.RabbitmqDelivery | None:
+        """As the contract says: the lease that an earlier process of the same `owner` held."""
+        if (leases := self._leases_of(queue.vhost)) is None:
+            return None
+        try:
+            found = await self._lane.call(leases.reclaim, queue.name, body, limit=RECLAIM_SECS)
+        except (exceptions.AMQPError, TimeoutError, rabbitmq_connection.Closed) as error:
+            log.warning(
+                "a lease of before the restart was not reclaimed; its message returns when it ends",
+                queue=str(queue),
+                error=rabbitmq_connection.describe(error),
+            )
+            return None
+        if found is None:
+            return None
+        hold, before = found
+        log.info("reclaimed a lease of before the restart", queue=str(queue), attempts=hold.attempt)
+        return rabbitmq_consumer.RabbitmqDelivery(
+            queue, hold, before.properties.headers, self._crossing(), redelivered=True
+        )
 
     async def publish(self, queue: base.QueueRef, body: bytes) -> None:
         """As a client publishes (INTEROP.md 2.2), or by the default exchange where the queue is not bound (2.4)."""
@@ -165,6 +211,26 @@ class RabbitmqBackend(base.QueueBackend):
             self._consuming[vhost] = self._link(vhost, "consume")
         return self._consuming[vhost]
 
+    def _crossing(self) -> rabbitmq_consumer.Crossing:
+        assert self._loop is not None, "open() comes first"
+        return rabbitmq_consumer.Crossing(lane=self._lane, loop=self._loop)
+
+    def _leases_of(self, vhost: str) -> rabbitmq_leases.Leases | None:
+        """What holds the long runs of a vhost. Its connection is opened by the first of them."""
+        vhost = vhost or self._parameters.virtual_host
+        if self._terms is not None and vhost not in self._leases:
+            self._leases[vhost] = rabbitmq_leases.Leases(
+                self._terms,
+                self._owner,
+                self._link(vhost, "lease"),
+                self._consuming_link(vhost),
+                is_quorum=functools.partial(self._is_quorum, vhost),
+            )
+        return self._leases.get(vhost)
+
+    def _is_quorum(self, vhost: str, queue: str) -> bool:
+        return (vhost or self._parameters.virtual_host, queue) in self._quorum
+
     def _learn_soon(self, queue: base.QueueRef) -> None:
         """The queue may be another one of the same name: forget what is known of it, and ask again beside the work."""
         self._durable.pop(queue, None)
@@ -173,16 +239,21 @@ class RabbitmqBackend(base.QueueBackend):
         task.add_done_callback(self._learning.discard)
 
     async def _learn(self, queue: base.QueueRef) -> None:
-        """Ask whether the queue is durable. Not to know is no failure: a user without the tag can never know."""
+        """Ask whether the queue is durable, and of what type. Not to know is no failure: a user without the tag can never know."""
         vhost = queue.vhost or self._parameters.virtual_host
         try:
             async with self._learners:
-                durable = await self._management.durable(vhost, queue.name)
+                found = await self._management.queue(vhost, queue.name)
         except errors.QueueUnavailable as error:
-            log.debug("whether a queue is durable is not known", queue=str(queue), error=str(error))
+            log.debug(
+                "whether a queue is durable, and of what type, is not known",
+                queue=str(queue),
+                error=str(error),
+            )
             return
-        if durable is not None:
-            self._durable[queue] = durable
+        if found is not None:
+            self._durable[queue] = found.durable
+            (self._quorum.add if found.quorum else self._quorum.discard)((vhost, queue.name))
 
 
 def parameters(url: str) -> pika.URLParameters:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import re
 from typing import TYPE_CHECKING
 
 import structlog
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
+CONSUMER_TIMEOUT_FROM = (4, 3)
+CONSUMER_TIMEOUT_MS = 30 * 24 * 3600 * 1000
+
+_LIMIT = re.compile(r"acknowledgement .*timed out\. Timeout value used: (\d+) ms")
+
 
 class Held:
     """One message that the broker has handed to us and waits to hear about."""
@@ -33,6 +39,7 @@ class Held:
         properties: spec.BasicProperties,
         body: bytes,
     ) -> None:
+        self.properties = properties
         self.headers: Mapping[str, object] = properties.headers or {}
         self.redelivered: bool = bool(method.redelivered)
         self.body = body
@@ -67,6 +74,9 @@ class Events:
 
     message: Callable[[Held], None]
     gone: Callable[[], None]
+    limit: Callable[
+        [float], None
+    ]  #: the broker lets a message be held for so many seconds: it has just enforced it
 
 
 class Subscription:
@@ -77,8 +87,12 @@ class Subscription:
     also after the message is acknowledged. Messages held keep the channel open, also after `close`.
     """
 
-    def __init__(self, link: wire.Link, queue: str, events: Events) -> None:
+    def __init__(
+        self, link: wire.Link, queue: str, events: Events, is_quorum: Callable[[str], bool] = lambda _: False
+    ) -> None:
+        """`is_quorum` tells whether a queue is known to be one."""
         self._link = link
+        self._is_quorum = is_quorum
         self._queue = queue
         self._events = events
         self._wanted = False
@@ -135,7 +149,10 @@ class Subscription:
         if self._channel is not None and self._channel.is_open:
             self._idle.clear()
             self._tag = self._channel.basic_consume(
-                self._queue, self._on_message, callback=lambda _frame: self._on_consuming()
+                self._queue,
+                self._on_message,
+                arguments=consume_arguments(self._link.broker_version, quorum=self._is_quorum(self._queue)),
+                callback=lambda _frame: self._on_consuming(),
             )
         else:
             self._task = asyncio.create_task(self._open())
@@ -230,6 +247,8 @@ class Subscription:
             return
         if isinstance(reason, exceptions.ChannelClosedByBroker):
             self._note_failure(reason)
+            if (used := _LIMIT.search(reason.reply_text)) is not None:
+                self._events.limit(int(used[1]) / 1000)
         self._advance()
 
     def _note_failure(self, error: BaseException) -> None:
@@ -238,6 +257,17 @@ class Subscription:
         own = isinstance(error, (exceptions.ChannelClosedByBroker, exceptions.NoFreeChannels))
         emit = log.warning if own and self._failures == 1 else log.debug
         emit("a queue's channel failed", link=self._link.label, queue=self._queue, error=wire.describe(error))
+
+
+def consume_arguments(broker_version: tuple[int, ...], *, quorum: bool) -> dict[str, int] | None:
+    """Asks to be allowed to hold messages for long, where a broker heeds that of a consumer.
+
+    Quorum queues do from 4.3 on. Before that the argument was ignored (but for some releases of 3.11); with other kinds
+    of queues it may be an error.
+    """
+    if quorum and broker_version >= CONSUMER_TIMEOUT_FROM:
+        return {"x-consumer-timeout": CONSUMER_TIMEOUT_MS}
+    return None
 
 
 async def probe(link: wire.Link, queue: str) -> bool | None:

@@ -12,6 +12,7 @@ import concurrent.futures
 import contextlib
 import logging
 import random
+import re
 import ssl
 import threading
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -174,12 +175,12 @@ def is_missing_queue(error: BaseException) -> bool:
     )
 
 
-async def rpc(channel: Channel, method: Callable[..., object], **arguments: object) -> None:
+async def rpc(channel: Channel, method: Callable[..., object], **arguments: object) -> Any:
     """Call a method of `channel` that has an answer, and wait for it. Raises pika's reason when the channel closes."""
-    answered: asyncio.Future[object] = asyncio.get_running_loop().create_future()
+    answered: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
     channel.add_on_close_callback(lambda _channel, reason: fail(answered, reason))
     method(callback=lambda frame: settle(answered, frame), **arguments)
-    await answered
+    return await answered
 
 
 class Link:
@@ -196,6 +197,13 @@ class Link:
         self._connection: AsyncioConnection | None = None
         self._up = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+
+    @property
+    def broker_version(self) -> tuple[int, ...]:
+        """Of the broker that is, or was last, connected: (3, 10, 8); empty when not known."""
+        properties = (self._connection.server_properties or {}) if self._connection is not None else {}
+        numbers = re.match(r"\d+(\.\d+)*", str(properties.get("version", "")))
+        return tuple(int(number) for number in numbers[0].split(".")) if numbers else ()
 
     def saw(self, queue: str) -> None:
         """The queue is there, now."""

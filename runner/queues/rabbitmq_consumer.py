@@ -10,17 +10,22 @@ import functools
 from typing import TYPE_CHECKING
 
 import structlog
+from pika import exceptions
 
-from runner.queues import base, rabbitmq_channels, rabbitmq_connection
+from runner.queues import base, rabbitmq_channels, rabbitmq_connection, rabbitmq_hold, rabbitmq_lease
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
     from runner import errors
+    from runner.queues import rabbitmq_leases
 
 log = structlog.get_logger(__name__)
 
-HANDOVER_SECS = 10.0  #: for acks, put-backs and pauses, which wait for the thread and at most one round trip
+HANDOVER_SECS = (
+    10.0  #: for acks, put-backs and pauses, which wait for the thread and at most a few round trips
+)
+VET_SECS = 20.0  #: for looking whether a lease has what was delivered again
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,32 +42,56 @@ class Crossing:
 
 
 class RabbitmqDelivery(base.Delivery):
-    """A message that a channel of this process holds."""
+    """A message that this process holds: on a channel, or in a lease queue, where it moves by itself when that takes long."""
 
     def __init__(
-        self, queue: base.QueueRef, held: rabbitmq_channels.Held, lane: rabbitmq_connection.Lane
+        self,
+        queue: base.QueueRef,
+        hold: rabbitmq_hold.Hold,
+        headers: Mapping[str, object],
+        crossing: Crossing,
+        *,
+        redelivered: bool,
     ) -> None:
+        """`redelivered`: by the broker's word. What returned from a lease is as much of a redelivery."""
         super().__init__(
             queue=queue,
-            body=held.body,
-            redelivered=held.redelivered or _count(held.headers, "x-delivery-count") > 0,
-            attempts=_count(held.headers, "attempt"),
-            headers={key: str(value) for key, value in held.headers.items()},
+            body=hold.message.body,
+            redelivered=redelivered or bool(rabbitmq_lease.stamp(headers).token),
+            attempts=hold.attempt,
+            headers={key: str(value) for key, value in headers.items()},
         )
-        self._held = held
-        self._lane = lane
+        self.hold = hold
+        self.by_broker = redelivered
+        self.vetted = False  #: it is known that no lease has its message
+        self._lane = crossing.lane
         self._ended = False
+        hold.on_lost = lambda *, superseded: crossing.tell(self._lose, superseded)
+
+    async def began(self, attempt: int) -> None:
+        """As the contract says. Only what was delivered before is leased at once: a first delivery costs nothing."""
+        self.attempts = attempt
+        if not self.redelivered and not self.hold.is_leased:
+            self.hold.attempt = attempt
+            return
+        with contextlib.suppress(TimeoutError, rabbitmq_connection.Closed):
+            await self._lane.call(
+                functools.partial(self.hold.began, attempt, at_once=True), limit=HANDOVER_SECS
+            )
 
     async def ack(self) -> bool:
         """As the contract says. Cancelling this call does not undo it."""
-        return await self._end(self._held.ack)
+        return await self._end(self.hold.ack)
 
     async def requeue(self, delay_secs: float = 0) -> bool:  # noqa: ARG002 - RabbitMQ cannot: the caller waits
-        """Put it back, at once; it returns to the head of its queue."""
-        return await self._end(self._held.requeue)
+        """Put it back, at once.
+
+        It returns to the head of its queue; or, where it has been leased or has an attempt to tell of, to the end.
+        """
+        return await self._end(functools.partial(self.hold.requeue, self.attempts))
 
     async def extend(self, secs: float) -> None:
-        """Nothing to do: the broker holds it for as long as the channel is open."""
+        """Nothing to do: it is held for as long as this process lives."""
 
     async def _end(self, how: Callable[[], Awaitable[bool]]) -> bool:
         if self._ended:
@@ -73,13 +102,9 @@ class RabbitmqDelivery(base.Delivery):
         except (TimeoutError, rabbitmq_connection.Closed):
             return False
 
-
-def _count(headers: Mapping[str, object], name: str) -> int:
-    """A header that counts something; 0 when it is missing or is no count."""
-    try:
-        return max(0, int(str(headers.get(name, 0))))
-    except ValueError:
-        return 0
+    def _lose(self, superseded: bool) -> None:
+        self.superseded = self.superseded or superseded
+        self.lost.set()
 
 
 class RabbitmqConsumer(base.Consumer):
@@ -91,11 +116,17 @@ class RabbitmqConsumer(base.Consumer):
         crossing: Crossing,
         link: rabbitmq_connection.Link,
         *,
+        leases: rabbitmq_leases.Leases | None,
+        is_quorum: Callable[[str], bool],
         on_first: Callable[[base.QueueRef], None],
         on_close: Callable[[RabbitmqConsumer], None],
     ) -> None:
-        """`on_first` hears of the first message of each channel, `on_close` of the end; both in the daemon's loop."""
+        """`on_first` hears of the first message of each channel, `on_close` of the end; both in the daemon's loop.
+
+        `is_quorum` tells whether a queue is known to be one; without `leases` messages are held by their channels only.
+        """
         self._queue = queue
+        self._leases = leases
         self._crossing = crossing
         self._lane = crossing.lane
         self._on_first = on_first
@@ -104,8 +135,11 @@ class RabbitmqConsumer(base.Consumer):
             link,
             queue.name,
             rabbitmq_channels.Events(
-                message=self._cross, gone=functools.partial(crossing.tell, self._vanish)
+                message=self._cross,
+                gone=functools.partial(crossing.tell, self._vanish),
+                limit=lambda secs: None if leases is None else leases.learn_limit(secs),
             ),
+            is_quorum,
         )
         self._arrived: collections.deque[RabbitmqDelivery] = collections.deque()
         self._wake: asyncio.Future[None] | None = None
@@ -118,8 +152,9 @@ class RabbitmqConsumer(base.Consumer):
             if self._failure is not None:
                 raise self._failure
             while self._arrived:
+                fit = await self._vet(self._arrived[0])
                 delivery = self._arrived.popleft()
-                if not delivery.lost.is_set():
+                if fit and not delivery.lost.is_set():
                     return delivery
             assert not self._closed, "next() after close()"
             await self._ask()
@@ -140,6 +175,23 @@ class RabbitmqConsumer(base.Consumer):
         self._failure = error
         if self._wake is not None:
             rabbitmq_connection.settle(self._wake, None)
+
+    async def _vet(self, delivery: RabbitmqDelivery) -> bool:
+        """Whether a message may be handed out. One whose like is held in a lease is acknowledged instead (docs/leases.md)."""
+        if self._leases is None or delivery.vetted or not delivery.redelivered:
+            return True
+        look = functools.partial(self._leases.is_held, delivery.hold, redelivered=delivery.by_broker)
+        try:
+            held = await self._lane.call(look, limit=VET_SECS)
+        except (exceptions.AMQPError, TimeoutError, rabbitmq_connection.Closed) as error:
+            log.debug("a redelivery could not be looked into", queue=str(self._queue), error=str(error))
+            await delivery.requeue()  # handed out, it could be taken for a second copy of what is lost
+            return False
+        delivery.vetted = True
+        if held:
+            log.info("acknowledged a redelivery of what is held in a lease", queue=str(self._queue))
+            await delivery.ack()
+        return not held
 
     async def _ask(self) -> None:
         """Wait until something has arrived. Raises `QueueGone`."""
@@ -165,8 +217,15 @@ class RabbitmqConsumer(base.Consumer):
 
     def _cross(self, held: rabbitmq_channels.Held) -> None:
         """In the thread: a message. Its digest is made here, off the daemon's loop."""
-        delivery = RabbitmqDelivery(self._queue, held, self._lane)
-        held.on_lost = functools.partial(self._crossing.tell, delivery.lost.set)
+        message = rabbitmq_lease.Message(queue=self._queue.name, body=held.body, properties=held.properties)
+        mark = rabbitmq_lease.stamp(held.headers)
+        redelivered = held.redelivered or rabbitmq_lease.count(held.headers.get("x-delivery-count")) > 0
+        if self._leases is None:
+            hold = rabbitmq_hold.Hold(message, held, None, attempt=mark.attempt)
+        else:
+            again = redelivered or bool(mark.token)
+            hold = self._leases.hold(held, message, mark.attempt, again=again)
+        delivery = RabbitmqDelivery(self._queue, hold, held.headers, self._crossing, redelivered=redelivered)
         self._crossing.tell(self._arrive, delivery, held.first)
 
     def _arrive(self, delivery: RabbitmqDelivery, first: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import dataclasses
 import http.client
 import socket
 import ssl
@@ -22,6 +23,14 @@ EXCHANGE = "StudioML.topic"
 KEY_PREFIX = "StudioML."
 
 _CHUNK_BYTES = 256 * 1024
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QueueFacts:
+    """What was decided of a queue when it was declared."""
+
+    durable: bool  #: it survives its broker
+    quorum: bool  #: it is replicated
 
 
 class Management:
@@ -60,15 +69,16 @@ class Management:
         status, body = await self._get("/api/bindings")
         return await asyncio.to_thread(_work_queues, self._answer(status, body))
 
-    async def durable(self, vhost: str, queue: str) -> bool | None:
-        """Whether that queue survives its broker; None when there is no such queue. Raises `errors.QueueUnavailable`."""
+    async def queue(self, vhost: str, queue: str) -> QueueFacts | None:
+        """What kind of queue that is; None when there is no such queue. Raises `errors.QueueUnavailable`."""
         path = "/".join(urllib.parse.quote(part, safe="") for part in (vhost, queue))
-        status, body = await self._get(f"/api/queues/{path}?columns=durable")
+        status, body = await self._get(f"/api/queues/{path}?columns=durable,type")
         if status == http.HTTPStatus.NOT_FOUND:
             return None
         answer = orjson.loads(self._answer(status, body))
-        durable = answer.get("durable") if isinstance(answer, dict) else None
-        return durable if isinstance(durable, bool) else None
+        if not isinstance(answer, dict) or not isinstance(durable := answer.get("durable"), bool):
+            return None
+        return QueueFacts(durable=durable, quorum=answer.get("type") == "quorum")
 
     def _answer(self, status: int, body: bytes) -> bytes:
         if status == http.HTTPStatus.OK:
