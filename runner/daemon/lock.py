@@ -53,6 +53,7 @@ def sole_daemon(working_dir: Path) -> Iterator[None]:
 def announce(working_dir: Path, address: tuple[str, int]) -> None:
     """Write down where this daemon answers, for clients on this machine."""
     host, port = address
+    host = f"[{host}]" if ":" in host else host
     content = orjson.dumps(
         {"address": f"{host}:{port}", "pid": os.getpid()}, option=orjson.OPT_APPEND_NEWLINE
     )

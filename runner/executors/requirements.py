@@ -172,6 +172,8 @@ class _Reader:
     def read(self, lines: Sequence[str], nesting: int = 0) -> None:
         """Reads raw lines, options and all."""
         for raw in lines:
+            if "\0" in raw:
+                raise errors.UnsupportedRequest(f"requirement line {redacted(raw)!r} holds a NUL character")
             text = re.sub(r"(^|\s)#.*", "", raw).strip().rstrip("\\").strip()
             if "${" in text:  # uv would put its own environment in, which may hold the index's password
                 raise errors.UnsupportedRequest(f"requirement line '{redacted(raw.strip())}' uses a variable")
