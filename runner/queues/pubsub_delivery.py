@@ -90,9 +90,10 @@ class PubsubDelivery(base.Delivery):
     async def extend(self, secs: float) -> None:
         """Nothing to do: the lease is renewed until the delivery ends."""
 
-    def lose(self, why: str) -> None:
-        """The message is not ours any more."""
+    def lose(self, why: str, *, superseded: bool = False) -> None:
+        """The message is not ours any more; `superseded`: and another runner will have it by now."""
         if not self.lost.is_set():
+            self.superseded = superseded
             self.lost.set()
             if self._ended is None:
                 log.warning("message lost", queue=str(self.queue), message=self.message_id, reason=why)
@@ -131,17 +132,16 @@ class PubsubDelivery(base.Delivery):
 
     async def _renew(self) -> None:
         """Hold the message until cancelled, or until it is lost: refused, or not renewed in time whatever the reason."""
-        loop = asyncio.get_running_loop()
-        until, failures, why = loop.time() + wire.FIRST_LEASE_SECS, 0, "no answer"
+        until, failures, why = wire.now() + wire.FIRST_LEASE_SECS, 0, "no answer"
         try:
             while True:
-                asked = loop.time()
+                asked = wire.now()
                 try:
-                    async with asyncio.timeout_at(until):
+                    async with asyncio.timeout(until - asked):
                         await self._client.hold(self._subscription, self._ack_id, self._lease_secs)
                 except wire.Away as error:
                     why = str(error)
-                    await asyncio.sleep(min(wire.backoff(failures), max(0.0, until - loop.time())))
+                    await asyncio.sleep(min(wire.backoff(failures), max(0.0, until - wire.now())))
                     failures += 1
                 else:
                     until, failures = (
@@ -149,7 +149,10 @@ class PubsubDelivery(base.Delivery):
                         0,
                     )  # from the asking: never later than the service
                     self._renewed.set()
-                    await asyncio.sleep(max(0.0, asked + self._lease_secs / 2 - loop.time()))
+                    await asyncio.sleep(max(0.0, asked + self._lease_secs / 2 - wire.now()))
+                    if wire.now() > until:
+                        self.lose("this process was not running", superseded=True)
+                        return
         except TimeoutError:
             self.lose(f"not renewed in time: {why}")
         except (wire.Lapsed, wire.Missing) as error:

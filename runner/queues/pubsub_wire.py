@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import time
 
 FIRST_DELAY_SECS = 0.5
 UNREACHABLE_DELAY_SECS = 5.0  #: longest pause while nobody answers
@@ -46,6 +47,11 @@ class Received:
     attributes: dict[str, str]
     attempt: int  #: deliveries so far, this one included; 0 unless the subscription has a dead-letter policy
     exactly_once: bool  #: the subscription confirms acks and lease extensions
+
+
+def now() -> float:
+    """Seconds of a clock that also runs while the machine is suspended: leases run out meanwhile."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def backoff(failures: int, *, refused: bool = False) -> float:

@@ -43,6 +43,7 @@ class Lease:
 class Subscription:
     def __init__(self, wanted):
         self.wanted = wanted  # the resource as it was asked for
+        self.topic = wanted.topic  # the same, without the price of proto-plus
         self.ready: collections.deque[Message] = collections.deque()
         self.leases: dict[str, Lease] = {}
         self.deleted = False
@@ -131,8 +132,8 @@ class Service:
         await self.GetTopic(request, context)
         self.topics.remove(request.topic)
         for subscription in self.subscriptions.values():
-            if subscription.wanted.topic == request.topic:
-                subscription.wanted.topic = "_deleted-topic_"
+            if subscription.topic == request.topic:
+                subscription.topic = subscription.wanted.topic = "_deleted-topic_"
         return empty_pb2.Empty()
 
     async def Publish(self, request, context):
@@ -148,7 +149,7 @@ class Service:
         for message, number in zip(request.messages, ids, strict=True):
             message.message_id, message.publish_time = number, dt.datetime.now(dt.UTC)
             for subscription in self.subscriptions.values():
-                if subscription.wanted.topic == request.topic:
+                if subscription.topic == request.topic:
                     subscription.ready.append(Message(message))
                     subscription.notify()
         return t.PublishResponse(message_ids=ids)

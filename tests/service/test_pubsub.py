@@ -171,7 +171,9 @@ async def test_an_exactly_once_subscription_tells_that_an_ack_came_too_late(serv
         server.publish("pubsub_q", b"x")
         delivery = await take(await backend.consumer(ref()))
         server.expire("pubsub_q")
+        before = server.calls().get("Acknowledge", 0)
         assert await delivery.ack() is False
+        assert server.calls()["Acknowledge"] == before + 1, "asked once: it cannot get better"
         assert delivery.lost.is_set()
         assert server.ready("pubsub_q") == 1
 
@@ -226,6 +228,7 @@ async def test_a_daemon_that_slept_past_its_lease_knows_that_it_lost_the_message
         await delivery._renewed.wait()  # type: ignore[attr-defined]
         subprocess.run(["sleep", "3"], check=True)  # the loop stands still
         await asyncio.wait_for(delivery.lost.wait(), LIMIT)
+        assert delivery.superseded
         assert await delivery.ack() is False
 
 

@@ -84,6 +84,7 @@ async def test_a_longer_outage_loses_the_hold_and_the_message_comes_again(
         way.refuse()
         way.cut()
         await asyncio.wait_for(first.lost.wait(), LIMIT)
+        assert not first.superseded, "an outage kills no run"
         await until(lambda: server.ready("pubsub_q") == 1)
         way.listen()
         again = await take(consumer)
