@@ -357,6 +357,8 @@ class Runs:
         elif experiment.unrecorded:
             self._unrecorded(active.state)
         elif not experiment.undelivered:
+            if active.allocation is not None:
+                active.allocation.release()  # the next run need not wait for a directory to be removed
             self._states.remove(active.state.run_id)
             await experiment.discard(keep=self._config.paths.keep_runs)
         return outcome, fate
