@@ -7,21 +7,25 @@ import contextlib
 import dataclasses
 import datetime as dt
 import os
-import re
 import secrets
 from typing import TYPE_CHECKING, Any
 
 import orjson
 
 from runner import errors
+from runner.metadata.names import safe_component
 from runner.queues.base import QueueRef
+from runner.request import document as reading
 from runner.request.redact import redact as redact_request
 from runner.telemetry import redact
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-_UNSAFE = re.compile(r"[^A-Za-z0-9_.-]+")
+#: Larger messages are none that could be read; looking for secrets in them would stop the daemon for seconds.
+SHOWN_JSON_BYTES = 8 << 20
+#: Of what is no JSON so much is shown.
+SHOWN_BYTES = 64 << 10
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,20 +43,17 @@ class DeadLetter:
     results: str | None  #: a directory with results that could not be stored
 
     def as_document(self, body: bytes) -> dict[str, Any]:
-        """For the file that people read: `body`, or `body_base64` when it is not UTF-8 text."""
+        """For the file that people read: `body`, or `body_base64` when it is not UTF-8 text; of what is no JSON the beginning."""
         document: dict[str, Any] = {
             key: value for key, value in dataclasses.asdict(self).items() if value is not None
         }
         try:
-            parsed = orjson.loads(body)
-            document["body"] = (
-                redact_request(parsed) if isinstance(parsed, dict) else redact.redact_value(parsed)
-            )
-        except orjson.JSONDecodeError:
-            try:
-                document["body"] = redact.redact_text(body.decode())
-            except UnicodeDecodeError:
-                document["body_base64"] = base64.b64encode(body).decode()
+            if len(body) > SHOWN_JSON_BYTES:
+                raise ValueError("nobody reads that")
+            parsed = reading.loads(body)
+        except ValueError:
+            return document | _beginning(body)
+        document["body"] = redact_request(parsed) if isinstance(parsed, dict) else redact.redact_value(parsed)
         return document
 
 
@@ -111,15 +112,17 @@ class DeadLetters:
             digest=digest,
             results=str(results) if results else None,
         )
-        folder = self.directory / (_UNSAFE.sub("_", str(queue)).strip(".") or "_")
+        folder = self.directory / safe_component(str(queue))
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         name = f"{now:%Y%m%dT%H%M%S.%f}Z-{secrets.token_hex(4)}"
-        _write(folder / f"{name}.body", body)
-        path = folder / f"{name}.json"
-        _write(
-            path,
-            orjson.dumps(letter.as_document(body), option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_INDENT_2),
-        )
+        shown = orjson.dumps(letter.as_document(body), option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_INDENT_2)
+        original, path = folder / f"{name}.body", folder / f"{name}.json"
+        try:
+            _write(original, body)
+            _write(path, shown)
+        except OSError:
+            original.unlink(missing_ok=True)  # it would be tried again under another name
+            raise
         _sync(folder)
         return path
 
@@ -153,13 +156,27 @@ class DeadLetters:
         entry.path.unlink(missing_ok=True)
 
 
+def _beginning(body: bytes) -> dict[str, str]:
+    """What is shown of a message that is no JSON, cut where no word is."""
+    cut = body if len(body) <= SHOWN_BYTES else b"".join(body[:SHOWN_BYTES].rpartition(b" ")[:2])
+    try:
+        return {"body": redact.redact_text(cut.decode())}
+    except UnicodeDecodeError:
+        shown = redact.redact_text(cut.decode("latin-1"))  # which gives each byte its character
+        return {"body_base64": base64.b64encode(shown.encode("latin-1")).decode()}
+
+
 def _write(path: Path, content: bytes) -> None:
     partial = path.with_suffix(path.suffix + ".partial")
-    with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:  # noqa: PTH123 - a mode at birth
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:  # noqa: PTH123 - a mode at birth
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _sync(folder: Path) -> None:
