@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 #: Larger ones are no list of certificates (INTEROP.md 9.1).
 MAX_CA_BYTES = 128 * 1024
+#: Exit codes of a daemon that was made to end: 128 and the signal.
+FORCED = 128
 
 
 def serve(options: config.Config) -> int:
@@ -40,8 +43,16 @@ async def run_daemon(options: config.Config) -> int:
     stamina.instrumentation.set_on_retry_hooks(())
     if options.queues.root == options.paths.working_dir / "queue":
         # The embedded default. A root that the operator names must be there: it may be a file system that is not mounted.
-        options.queues.root.mkdir(parents=True, exist_ok=True)
-    return await Service(options, parts(options)).run()
+        try:
+            options.queues.root.mkdir(parents=True, exist_ok=True)
+        except OSError as exc:
+            raise errors.UsageError(f"--queue-root={options.queues.root}: {exc.strerror}") from exc
+    code = await Service(options, parts(options)).run()
+    if code >= FORCED:
+        # "At once": a thread in a transfer that has stalled would be waited for, until its time limit.
+        logs.flush()
+        os._exit(code)
+    return code
 
 
 def check_files(options: config.Config) -> None:

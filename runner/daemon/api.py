@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from runner import errors
+from runner.process.tail import open_regular
 from runner.queues.base import QueueGone
 from runner.telemetry import redact
 
@@ -88,11 +90,11 @@ class Api:
         if active is None:
             return _Json({"error": "no such run in progress"}, status_code=404)
         try:
-            offset = max(0, int(request.query_params.get("offset", "0")))
+            offset = min(max(0, int(request.query_params.get("offset", "0"))), sys.maxsize)
         except ValueError:
             return _Json({"error": "offset takes a number of bytes"}, status_code=400)
         try:
-            with active.experiment.workspace.output.open("rb") as file:
+            with open_regular(active.experiment.workspace.output) as file:
                 file.seek(offset)
                 content = file.read(CHUNK_BYTES)
         except FileNotFoundError:

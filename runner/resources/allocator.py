@@ -100,11 +100,13 @@ class Allocator:
         """Reserve all of it, or nothing.
 
         Raises:
-            errors.NeverFits: this machine as a whole has less.
+            errors.NeverFits: this machine as a whole has less, or has less to give while nothing runs on it.
             errors.NoCapacity: it has, but not now.
         """
         self.check(ask)
         if short := self.lacking(ask, self.free):
+            if not self._held:  # a disk that others have filled: no run that ends will change that
+                raise errors.NeverFits(f"more than this machine has to give: {short}")
             raise errors.NoCapacity(f"not enough room now: {short}", lacking=short)
         allocation = Allocation(number=next(self._numbers), amounts=self.normalise(ask), allocator=self)
         self._held[allocation.number] = allocation

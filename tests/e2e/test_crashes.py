@@ -165,3 +165,19 @@ def test_a_signal_lets_the_run_finish_and_a_second_one_does_not(daemons: MakeDae
         lambda: stage(daemon, "running")
     )  # the message is back, and no other attempt was counted for it
     assert daemon.get("/api/runs")["running"][0]["attempt"] <= 2
+
+
+def test_a_second_signal_does_not_wait_for_a_server_that_has_stalled(
+    daemons: MakeDaemon, faulty_http: FaultyHttp
+):
+    daemon = daemons()
+    faulty_http.content = b"x" * 1000
+    faulty_http.always = Fault(how="stall", after=10)
+    slow = {"url": f"http://{faulty_http.endpoint}/data", "mutable": False, "unpack": False}
+    put(daemon, messages.on_directory(daemon.storage, "print(1)", "k", artifacts={"data": slow}))
+    daemon.until(lambda: stage(daemon, "staging"))
+    daemon.signal(signal.SIGTERM)
+    daemon.until(lambda: daemon.log("takes no more work"))
+    daemon.signal(signal.SIGTERM)
+    # The stalls themselves last longer than a minute.
+    assert daemon.wait(40) == 128 + signal.SIGTERM

@@ -45,9 +45,14 @@ def test_more_than_the_machine_has_never_fits(ask):
         allocator().allocate(ask)
 
 
-def test_disk_that_others_have_filled_is_not_now_rather_than_never():
+def test_disk_that_is_short_is_not_now_while_something_runs_and_for_other_hosts_when_nothing_does():
+    machine = allocator(disk_free=GIB)
+    held = machine.allocate(Resources())
     with pytest.raises(errors.NoCapacity, match="disk"):
-        allocator(disk_free=GIB).allocate(Resources(hdd_bytes=2 * GIB))
+        machine.allocate(Resources(hdd_bytes=2 * GIB))
+    held.release()
+    with pytest.raises(errors.NeverFits, match="disk"):
+        machine.allocate(Resources(hdd_bytes=2 * GIB))
 
 
 def test_gpu_memory_without_gpus_asks_for_no_gpu():
