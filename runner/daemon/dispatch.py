@@ -261,9 +261,23 @@ class Dispatcher:
                 wait_secs=round(wait),
             )
             await self._put_back(delivery, wait)
-        except Exception:
+        except Exception as exc:
             log.exception("a message could not be handled", queue=str(state.ref))
-            await self._put_back(delivery, state.back_off("the runner failed to handle its message"))
+            await self._fumbled(state, delivery, exc)
+
+    async def _fumbled(self, state: QueueState, delivery: Delivery, exc: Exception) -> None:
+        """A defect of ours: another attempt may go better, but not for ever."""
+        reason, text = errors.Reason.RUNNER, f"the runner failed: {type(exc).__name__}: {exc}"
+        wait = state.back_off(text)
+        try:
+            count = self._ledger.begin(state.ledger_key, delivery.digest, delivery.attempts)
+        except OSError:
+            count = 0
+        self._ledger.failed(state.ledger_key, delivery.digest, reason, text)
+        if count >= self._runs.settler.max_attempts:
+            await self._runs.settler.reject(state, delivery, reason=reason, text=text, attempts=count)
+        else:
+            await self._put_back(delivery, wait)
 
     async def _put_back(self, delivery: Delivery, wait_secs: float = 0.0) -> None:
         self._metrics.delivery("requeue")
@@ -305,6 +319,7 @@ class Dispatcher:
                 return
             state.remember(request.resources)
             await self._start(state, delivery, request)
+            state.crowded = 0
         except errors.Refused as exc:
             await self._runs.settler.reject(
                 state, delivery, reason=exc.reason, text=str(exc), attempts=count, request=request
@@ -315,6 +330,9 @@ class Dispatcher:
             log.info(
                 "put back for want of room", queue=str(state.ref), lacking=exc.lacking, parked_secs=PARK_SECS
             )
+            state.crowded += 1
+            if request is not None:
+                state.remember(request.resources)
             await self._put_back(delivery)
 
     async def _decode(self, body: bytes) -> Request:

@@ -21,31 +21,38 @@ ADDRESS = "studio-runner.json"
 
 @contextlib.contextmanager
 def sole_daemon(working_dir: Path) -> Iterator[None]:
-    """Hold the working directory. The kernel lets go of it when the process ends, however it ends.
+    """Hold the working directory, and forget the address when that ends. Raises as `held`."""
+    with held(working_dir, "--working-dir"):
+        try:
+            yield
+        finally:
+            (working_dir / ADDRESS).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def held(directory: Path, option: str) -> Iterator[None]:
+    """Hold a directory that one daemon at a time may use. The kernel lets go of it when the process ends, however it ends.
 
     Raises:
         errors.UsageError: another daemon holds it (its process id is named), or the directory cannot be written.
     """
     try:
-        working_dir.mkdir(parents=True, exist_ok=True)
-        file = os.open(working_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        directory.mkdir(parents=True, exist_ok=True)
+        file = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as exc:
-        raise errors.UsageError(f"--working-dir {working_dir}: cannot be used: {exc.strerror}") from exc
+        raise errors.UsageError(f"{option} {directory}: cannot be used: {exc.strerror}") from exc
     try:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.read(file, 32).decode(errors="replace").strip()
             raise errors.UsageError(
-                f"--working-dir {working_dir}: another daemon (process {holder or 'unknown'}) works there; "
+                f"{option} {directory}: another daemon (process {holder or 'unknown'}) works there; "
                 "stop it, or give this one a directory of its own"
             ) from None
         os.truncate(file, 0)
         os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
-        try:
-            yield
-        finally:
-            (working_dir / ADDRESS).unlink(missing_ok=True)
+        yield
     finally:
         os.close(file)
 

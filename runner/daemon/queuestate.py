@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 #: What a queue asked for is forgotten after this long, or a huge first job would starve the small ones behind it.
 ASK_SECS = 180.0
+#: ... or, when it was put back for want of room again and again, after this long: some brokers count put-backs, and drop a
+#: message after twenty.
+LAST_ASK_SECS = 3600.0
 FIRST_BACKOFF_SECS = 5.0
 LAST_BACKOFF_SECS = 300.0
 #: How long a queue whose message is not for this host is left to others.
@@ -34,6 +37,7 @@ class QueueState:
     why: str = ""  #: of the back-off, for people
     failures: int = 0
     running: int = 0
+    crowded: int = 0  #: how often in a row a message of it was put back for want of room
     left: str = ""  #: digest of the message that was left to other hosts last
     _used: float = 0.0
     _used_at: float = dataclasses.field(default_factory=time.monotonic)
@@ -44,8 +48,9 @@ class QueueState:
         return f"{self.ref.account}/{self.ref.vhost}/{self.ref.name}"
 
     def remember(self, ask: Resources) -> None:
-        """Its last message asked for that."""
-        self.ask, self.ask_until = ask, time.monotonic() + ASK_SECS
+        """Its last message asks for that."""
+        secs = min(ASK_SECS * 2.0 ** min(self.crowded, 10), LAST_ASK_SECS)
+        self.ask, self.ask_until = ask, time.monotonic() + secs
 
     def current_ask(self) -> Resources | None:
         """What its next message will probably ask for; None when nobody knows any more."""

@@ -129,6 +129,7 @@ class Service:
             runs_dir = private_directory(paths.working_dir / "runs", "--working-dir")
             workspace.spread(runs_dir)
             async with contextlib.AsyncExitStack() as stack:
+                stack.enter_context(lock.held(state_dir, "--state-dir"))
                 ledger = Ledger(state_dir / "ledger.sqlite")
                 stack.callback(ledger.close)
                 states = runstate.RunStates(state_dir / "runs")

@@ -191,10 +191,16 @@ class Record:
     def _scrape(self) -> None:
         document = self._begun()
         try:
-            while data := self._tail.read_new(CHUNK_BYTES):
+            left = (
+                self._workspace.output.stat().st_size
+            )  # a workload that prints faster than this must not hold it up
+            while left > 0 and (data := self._tail.read_new(CHUNK_BYTES)):
+                left -= len(data)
                 self._tools.metrics.scraped(len(data))
                 for directive in self._scraper.feed(data):
                     document.apply(directive)
+        except FileNotFoundError:
+            pass  # nothing has run
         except OSError as exc:
             log.warning("output cannot be read", error=str(exc))
         self._show()

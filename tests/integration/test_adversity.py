@@ -16,6 +16,7 @@ from runner.daemon.attempts import Ledger
 from runner.daemon.runstate import RunStates
 from runner.experiment import results
 from runner.queues.memory import MemoryBackend, _MemoryConsumer
+from runner.request import decode
 from runner.storage.base import Forbidden
 from runner.storage.files import FileStore
 from tests.integration.harness import LIMIT_SECS, daemon
@@ -77,27 +78,25 @@ AWAY = errors.StorageUnavailable("the server does not answer", endpoint="elsewhe
 # -- what is stored, and in which order
 
 
-async def test_a_checkpoint_in_progress_never_overtakes_the_final_results(tmp_path, storage):
+@pytest.mark.parametrize("slow", ["modeldir.tar", "metadata/scrape-"])
+async def test_a_checkpoint_in_progress_never_overtakes_the_final_results(
+    tmp_path, storage, monkeypatch, slow
+):
+    monkeypatch.setattr(decode, "_CHECKPOINT_SECS", (0.1, 0.1, 1.0))
     go, late = tmp_path / "go", threading.Event()
     async with daemon(tmp_path) as it:
-        storage.waits["modeldir.tar"] = storage.waits["scrape-"] = late
-        await it.submit(TRAINS.format(go=go), artifacts=frequent(it, "modeldir"))
+        storage.waits[slow] = late
+        await it.submit(TRAINS.format(go=go))
         await it.until(storage.arrived.is_set)
         storage.waits.clear()  # only what is on its way now is slow
         go.touch()
         await it.until(lambda: b"done" in it.printed())
-        threading.Timer(1.0, late.set).start()
+        await asyncio.sleep(1.0)  # time enough for the final ones, if they did not wait
+        late.set()
         await it.settled()
-        await asyncio.sleep(0.3)
+        await it.until(lambda: sum(slow in key for key in storage.stored) >= 2)
         assert it.documents()[0]["studioml"]["status"] == "completed"
         assert b"final" in (it.storage / "experiments/exp/modeldir.tar").read_bytes()
-
-
-def frequent(it, tag):
-    """The artifacts of `Daemon.message`, one of them stored often."""
-    made = json.loads(it.message("", "exp"))["experiment"]["artifacts"]
-    made[tag]["saveFrequency"] = 10
-    return made
 
 
 async def test_results_that_are_refused_end_the_document_and_are_kept_for_the_message(tmp_path, storage):
