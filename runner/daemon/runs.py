@@ -349,6 +349,7 @@ class Runs:
             # A second signal, or a defect: the next start of the daemon sees to what is left.
             if isinstance(exc, asyncio.CancelledError) and active.state.outcome is None:
                 text = "the runner was told to end at once"
+                active.delivery.attempts = active.attempt - 1  # it was none
                 self._save(active, Outcome.of_stop(errors.Reason.DRAINED, text))
             await experiment.abandon()
             raise

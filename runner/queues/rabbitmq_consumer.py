@@ -26,6 +26,7 @@ HANDOVER_SECS = (
     10.0  #: for acks, put-backs and pauses, which wait for the thread and at most a few round trips
 )
 VET_SECS = 20.0  #: for looking whether a lease has what was delivered again
+VET_AGAIN_SECS = 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,7 @@ class RabbitmqDelivery(base.Delivery):
         redelivered: bool,
     ) -> None:
         """`redelivered`: by the broker's word. What returned from a lease is as much of a redelivery."""
+        self.hold = hold
         super().__init__(
             queue=queue,
             body=hold.message.body,
@@ -61,23 +63,28 @@ class RabbitmqDelivery(base.Delivery):
             attempts=hold.attempt,
             headers={key: str(value) for key, value in headers.items()},
         )
-        self.hold = hold
         self.by_broker = redelivered
         self.vetted = False  #: it is known that no lease has its message
         self._lane = crossing.lane
         self._ended = False
         hold.on_lost = lambda *, superseded: crossing.tell(self._lose, superseded)
 
+    @property
+    def attempts(self) -> int:
+        """As the contract says; a copy in a lease says it, too, when it is renewed."""
+        return self.hold.attempt
+
+    @attempts.setter
+    def attempts(self, attempts: int) -> None:
+        self.hold.attempt = attempts
+
     async def began(self, attempt: int) -> None:
         """As the contract says. Only what was delivered before is leased at once: a first delivery costs nothing."""
         self.attempts = attempt
         if not self.redelivered and not self.hold.is_leased:
-            self.hold.attempt = attempt
             return
         with contextlib.suppress(TimeoutError, rabbitmq_connection.Closed):
-            await self._lane.call(
-                functools.partial(self.hold.began, attempt, at_once=True), limit=HANDOVER_SECS
-            )
+            await self._lane.call(self.hold.began, limit=HANDOVER_SECS)
 
     async def ack(self) -> bool:
         """As the contract says. Cancelling this call does not undo it."""
@@ -88,7 +95,7 @@ class RabbitmqDelivery(base.Delivery):
 
         It returns to the head of its queue; or, where it has been leased or has an attempt to tell of, to the end.
         """
-        return await self._end(functools.partial(self.hold.requeue, self.attempts))
+        return await self._end(self.hold.requeue)
 
     async def extend(self, secs: float) -> None:
         """Nothing to do: it is held for as long as this process lives."""
@@ -181,17 +188,22 @@ class RabbitmqConsumer(base.Consumer):
         if self._leases is None or delivery.vetted or not delivery.redelivered:
             return True
         look = functools.partial(self._leases.is_held, delivery.hold, redelivered=delivery.by_broker)
-        try:
-            held = await self._lane.call(look, limit=VET_SECS)
-        except (exceptions.AMQPError, TimeoutError, rabbitmq_connection.Closed) as error:
-            log.debug("a redelivery could not be looked into", queue=str(self._queue), error=str(error))
-            await delivery.requeue()  # handed out, it could be taken for a second copy of what is lost
-            return False
-        delivery.vetted = True
-        if held:
-            log.info("acknowledged a redelivery of what is held in a lease", queue=str(self._queue))
-            await delivery.ack()
-        return not held
+        while not delivery.lost.is_set():
+            try:
+                held = await self._lane.call(look, limit=VET_SECS)
+            except (exceptions.AMQPError, TimeoutError) as error:
+                # Handed out unseen, it could be taken for a second copy of what is lost.
+                log.debug("a redelivery cannot be looked into", queue=str(self._queue), error=str(error))
+                await asyncio.sleep(VET_AGAIN_SECS)
+            except rabbitmq_connection.Closed:
+                return False
+            else:
+                delivery.vetted = True
+                if held:
+                    log.info("acknowledged a redelivery of what is held in a lease", queue=str(self._queue))
+                    await delivery.ack()
+                return not held
+        return False
 
     async def _ask(self) -> None:
         """Wait until something has arrived. Raises `QueueGone`."""

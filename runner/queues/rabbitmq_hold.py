@@ -39,6 +39,8 @@ STEP_SECS = 8.0
 STEPS_PER_LEASE = 6
 #: How often another runner's copy is seen before ours is taken for gone.
 SIGHTINGS = 3
+#: How long the broker is given to hear that an original is acknowledged.
+SETTLE_SECS = 2.0
 #: How often it is looked whether another runner has what was lost.
 LOST_SECS = 10.0
 
@@ -72,8 +74,9 @@ class Hold:
         self._ended = False
         self._leased = False
         self._in_doubt = False  # a copy may be in the lease queue: nobody has confirmed it
-        self._declared = False  # there may be a lease queue
-        self._seq = 0
+        # There may be a lease queue: what has returned from one leaves it behind.
+        self._declared = bool(lease.stamp(message.properties.headers).token)
+        self._seq = 0  # for as long as the original may be around
         self._expires = 0.0  # when the copy in the lease queue returns
         self._turn = asyncio.Lock()  # one exchange about its copy at a time
         self._since = time.monotonic()
@@ -86,23 +89,26 @@ class Hold:
     # -- for the daemon's side
 
     def schedule(self) -> None:
-        """Have it handed over after a while; again when that while has become shorter."""
+        """Have it handed over after a while."""
         if self._leases is not None and self._task is None and self._held is not None:
-            if self._timer is not None:
-                self._timer.cancel()
             due = self._since + self._leases.hand_over_secs - time.monotonic()
             self._timer = asyncio.get_running_loop().call_later(max(0.0, due), self._begin)
 
-    async def began(self, attempt: int, *, at_once: bool) -> None:
-        """Work on it starts. `at_once`: not before the lease says so, if the broker lets us have one."""
-        self.attempt = attempt
+    def reschedule(self) -> None:
+        """That while has become shorter."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self.schedule()
+
+    async def began(self) -> None:
+        """Work on it starts, as `attempt`: not before its lease says so, if the broker lets us have one."""
         if self._leases is None or self._ended:
             return
         self._leases.forget_lost(self)
         if self._leased:
             with contextlib.suppress(exceptions.AMQPError, TimeoutError):
                 await self._exchange(fresh=False)
-        elif at_once:
+        else:
             self._begin()
             await self._first_try.wait()
 
@@ -110,10 +116,9 @@ class Hold:
         """Forget it. False when it was lost, or could not be told in time: then it is tried on for as long as the lease lives."""
         return await self._end(requeue=False)
 
-    async def requeue(self, attempt: int) -> bool:
-        """Give it back, saying that it was tried so often. False as for `ack`."""
-        self.attempt = attempt
-        if self._leases is not None and attempt != self._attempt_on_channel and not self._ended:
+    async def requeue(self) -> bool:
+        """Give it back, saying that it was tried `attempt` times. False as for `ack`."""
+        if self._leases is not None and self.attempt != self._attempt_on_channel and not self._ended:
             # What is put back on its channel says nothing of attempts.
             self._begin()
             with contextlib.suppress(TimeoutError):
@@ -137,7 +142,7 @@ class Hold:
         """Its copy, of an earlier process, was made ours."""
         self.message = dataclasses.replace(self.message, properties=before.properties)
         self.attempt = before.stamp.attempt
-        self._seq, self._expires = before.stamp.seq + 2, expires
+        self._seq, self._expires = before.stamp.seq, expires
         self._leased = True
         self._first_try.set()
         self._task = asyncio.create_task(self._keep(), name=f"lease {self.message.lease_queue}")
@@ -156,7 +161,7 @@ class Hold:
         if not self.is_leased:
             self._stop()
             return False
-        done = await self.requeue(self.attempt)
+        done = await self.requeue()
         if self.on_lost is not None:
             self.on_lost(superseded=False)
         return done
@@ -196,15 +201,16 @@ class Hold:
             self._task = asyncio.create_task(self._live(), name=f"lease {self.message.lease_queue}")
 
     async def _live(self) -> None:
+        assert self._leases is not None
         moved = await self._hand_over()
+        told = False
         if moved and self._held is not None:
-            await (
-                self._held.ack()
-            )  # should that be too late: its twin is recognised by the copy in the lease queue
+            # Should that be too late, and the original come again: a copy that was never renewed says what it is.
+            told = await self._held.ack()
             self._held = None
         self._first_try.set()
         if moved:
-            await self._keep()
+            await self._keep(told_on=self._leases.generation if told else None)
         elif self._held is None and not self._lost:
             self._lose()
         else:
@@ -251,7 +257,6 @@ class Hold:
                     raise
                 if finding is lease.Finding.OURS:
                     self._leased, self._in_doubt = True, False
-                    self._seq += 1
                     self._expires = sent + self._leases.terms.secs
                 return finding
         finally:
@@ -273,20 +278,30 @@ class Hold:
 
     # -- in its lease queue
 
-    async def _keep(self) -> None:
-        """Renew it, for ever. A copy that is gone is lost; with another runner, or gone while this process slept, superseded."""
+    async def _keep(self, told_on: int | None = None) -> None:
+        """Renew it, for ever. A copy that is gone is lost; with another runner, or gone while this process slept, superseded.
+
+        `told_on`: the generation of the connection on which its original was acknowledged just now.
+        """
         assert self._leases is not None
         secs = self._leases.terms.secs
-        regular = wait = secs / 3
+        regular = secs / 3
+        wait = regular if told_on is None else min(SETTLE_SECS, secs / STEPS_PER_LEASE)
         failures = sightings = 0
         slept = False
         while True:
             began = now()
             # Two that hold the same bytes must not look at the same moments: each would see the other's copy only.
             await asyncio.sleep(wait * random.uniform(0.8, 1.0))
+            if told_on is not None and told_on == self._leases.generation:
+                self._seq, told_on = (
+                    1,
+                    None,
+                )  # nothing broke: the original is gone for good, and this renewal says so
             finding = await self._look_after()
             slept = slept or now() - began > wait + 2 * self.step_secs + secs / 12
             if finding is lease.Finding.OURS:
+                self._seq += bool(self._seq)
                 wait, failures, sightings, slept = regular, 0, 0, False
             elif finding is None:
                 failures += 1

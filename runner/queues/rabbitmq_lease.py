@@ -60,12 +60,13 @@ class Message:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stamp:
-    """What our headers say of a copy: who holds it, by which hold, renewed how often, and in which attempt."""
+    """What our headers say of a copy."""
 
-    owner: str  #: a daemon, the same after its restart
-    token: str  #: one hold of it
+    owner: str  #: the daemon that holds it: the same after its restart
+    token: str  #: its hold
+    #: How often it was renewed since its original is known to be gone. 0: the original may still be around, and come again.
     seq: int
-    attempt: int
+    attempt: int  #: how often it was tried
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -180,11 +181,11 @@ async def finish(channel: Channel, message: Message, mine: Callable[[Stamp], boo
     return bool(found.ours)
 
 
-async def look(channel: Channel, message: Message, mine: Callable[[Stamp], bool]) -> Finding:
-    """What is there now; nothing is changed. The channel is of no use afterwards."""
-    found = await _search(channel, message.lease_queue, mine)
+async def look(channel: Channel, message: Message) -> list[Stamp] | None:
+    """Whose copies are there; None when there is no such queue. Nothing is changed; the channel is of no use afterwards."""
+    found = await _search(channel, message.lease_queue, lambda _: True)
     wire.discard(channel)  # which gives the copies back
-    return found.finding
+    return None if found.no_queue else [each.stamp for each in found.ours]
 
 
 async def waiting(channel: Channel, message: Message) -> int | None:

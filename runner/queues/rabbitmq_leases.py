@@ -28,9 +28,6 @@ log = structlog.get_logger(__name__)
 
 #: How long any single exchange on the consuming connection may take.
 STEP_SECS = 8.0
-#: A lease queue that is empty may be one whose copy is being renewed right now: how often it is looked at, and how far apart.
-LOOKS = 4
-LOOK_AGAIN_SECS = 0.25
 #: Queues of this type hold messages that expire from this version on.
 QUORUM_EXPIRY = (3, 10)
 
@@ -100,7 +97,7 @@ class Leases:
             )
             self.hand_over_secs = secs / 2
             for hold in self._waiting:
-                hold.schedule()
+                hold.reschedule()
 
     def spawn(self, work: Coroutine[Any, Any, bool]) -> asyncio.Task[bool]:
         """A task that `close` waits for."""
@@ -117,7 +114,7 @@ class Leases:
             await asyncio.wait(tuple(self._tasks))
 
     async def is_held(self, arrived: Hold, *, redelivered: bool) -> bool:
-        """Whether a message that was delivered again is held in a lease: then that delivery is one too many.
+        """Whether a message that was delivered again is the original of one that is leased: then it is one too many.
 
         Holds of ours that turn out to have lost theirs have said so before this returns. `redelivered`: by the broker's
         word; a copy that returned from a lease does not say so, and proves by itself that it is not there any more.
@@ -125,22 +122,21 @@ class Leases:
         """
         for hold in self._alike(arrived.message):
             await hold.verify()
-        if redelivered and await self._is_leased(arrived.message):
+        if redelivered and await self._is_original(arrived.message):
             return True
         arrived.schedule()
         return False
 
-    async def _is_leased(self, message: lease.Message) -> bool:
-        for left in reversed(range(LOOKS)):
+    async def _is_original(self, message: lease.Message) -> bool:
+        try:
             async with self._channel() as channel:
-                found = await lease.waiting(channel, message)
-            if found is None:
+                found = await lease.look(channel, message)
+        except exceptions.ChannelClosedByBroker as error:
+            if error.reply_code == lease.ACCESS_REFUSED:  # nor can this host lease anything
                 return False
-            if found:
-                return True
-            if left:
-                await asyncio.sleep(LOOK_AGAIN_SECS)
-        return False
+            raise
+        # A copy that was renewed has outlived its original: what has come then is another message of the same bytes.
+        return any(each.token and not each.seq for each in found or ())
 
     async def reclaim(self, queue: str, body: bytes) -> tuple[Hold, lease.Copy] | None:
         """Take over the lease of an earlier process of this daemon. Raises AMQPError or TimeoutError."""
@@ -155,7 +151,7 @@ class Leases:
             mark = lease.Stamp(
                 owner=self.owner,
                 token=hold.token,
-                seq=before.stamp.seq + 1,
+                seq=before.stamp.seq,
                 attempt=before.stamp.attempt,
             )
             return lease.stamped(before.properties, mark, secs=self.terms.secs)
@@ -182,6 +178,11 @@ class Leases:
 
     # -- for the holds
 
+    @property
+    def generation(self) -> int:
+        """Of the consuming connection: the same number means unbroken since."""
+        return self._consuming.generation
+
     async def declare(self, channel: Channel, message: lease.Message) -> None:
         """Make the lease queue, of the kind that its request queue has. Raises AMQPError."""
         quorum = self._is_quorum(message.queue) and self.publishing.broker_version >= QUORUM_EXPIRY
@@ -190,7 +191,10 @@ class Leases:
     async def look(self, hold: Hold) -> lease.Finding:
         """What is in its lease queue. Raises AMQPError or TimeoutError."""
         async with self._channel() as channel:
-            return await lease.look(channel, hold.message, lambda stamp: stamp.token == hold.token)
+            found = await lease.look(channel, hold.message)
+        if any(each.token == hold.token for each in found or ()):
+            return lease.Finding.OURS
+        return lease.Finding.OTHERS if found else lease.Finding.NOTHING
 
     async def finish(self, hold: Hold) -> bool:
         """Remove its copy and the lease queue; whether there was one. Raises AMQPError or TimeoutError."""

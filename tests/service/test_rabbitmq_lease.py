@@ -170,6 +170,7 @@ async def test_what_others_have_tried_is_leased_before_its_work_starts(rabbitmq,
         again = await other.take(name)
         assert again.redelivered
         await again.began(1)
+        assert depth(rabbitmq, lease_name(name, BODY)) == 1
         properties, _ = peek(rabbitmq, lease_name(name, BODY))
         assert properties.headers["attempt"] == 1
         await again.began(2)  # an attempt further, in the same lease

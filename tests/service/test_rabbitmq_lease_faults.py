@@ -10,7 +10,7 @@ import pytest
 from runner.config import RmqLease
 from runner.queues import rabbitmq_channels, rabbitmq_connection, rabbitmq_hold, rabbitmq_lease
 from tests.servers.rabbitmq import rabbitmq_server
-from tests.service.rabbitmq_kit import LIMIT, name
+from tests.service.rabbitmq_kit import LIMIT, name, until
 from tests.service.rabbitmq_lease_kit import (
     ARGUMENTS,
     LONG,
@@ -21,6 +21,7 @@ from tests.service.rabbitmq_lease_kit import (
     host,
     lease_name,
     leased,
+    peek,
     reaches,
 )
 
@@ -116,6 +117,23 @@ async def test_dead_in_the_middle_of_a_renewal(rabbitmq, name, kind, monkeypatch
         await exactly_one_comes(rabbitmq, name, attempts=1)
 
 
+async def test_another_message_of_the_same_bytes_is_no_original(rabbitmq, name):
+    """One is leased, and its original long gone; the other comes again, and has to run."""
+    rabbitmq.declare(name, durable=True)
+    async with host(rabbitmq, terms=LONG) as one, host(rabbitmq, terms=RmqLease()) as other:
+        rabbitmq.publish(name, BODY, persistent=True)
+        held = await one.take(name)
+        where = await leased(rabbitmq, name, BODY)
+        await until(lambda: peek(rabbitmq, where)[0].headers["seq"] > 0)
+        rabbitmq.publish(name, BODY, persistent=True)
+        assert await (await other.take(name)).requeue() is True
+        again = await other.take(name)
+        assert again.redelivered
+        assert await again.ack() is True
+        assert await held.ack() is True
+        assert depth(rabbitmq, name) == 0
+
+
 async def test_cut_off_in_the_middle_of_the_hand_over_and_back(rabbitmq, name, monkeypatch):
     """The copy is there, and nobody told us: it is found, and the original that came back is one too many."""
     rabbitmq.declare(name, durable=True)
@@ -203,7 +221,7 @@ async def test_an_outage_longer_than_the_lease_gives_the_message_back_to_who_sti
         assert (again.redelivered, again.attempts) == (True, 1)
         assert await held.ack() is False
         await again.began(1)
-        assert depth(rabbitmq, lease_name(name, BODY)) == 1
+        await leased(rabbitmq, name, BODY)
         assert await again.ack() is True
 
 

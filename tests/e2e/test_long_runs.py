@@ -1,0 +1,308 @@
+"""Runs that outlast their broker's patience, on a real broker whose patience is seconds: they run once, and nothing is lost.
+
+docs/leases.md; DESIGN.md rules 2, 3, 4, 5, 11 and 5.3.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import tarfile
+import time
+import uuid
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from pika import exceptions
+
+from tests.e2e import messages
+from tests.servers.rabbitmq import rabbitmq_server
+
+if TYPE_CHECKING:
+    import pathlib
+    from collections.abc import Iterator
+
+    from tests.servers.daemon import Daemon, MakeDaemon
+    from tests.servers.rabbitmq import RabbitmqServer
+
+pytestmark = [pytest.mark.service, pytest.mark.slow, pytest.mark.timeout(300)]
+
+#: Counts its starts, and goes on until it is told to end.
+SCRIPT = """
+import os, pathlib, time
+with open({starts!r}, "a") as file:
+    file.write(str(os.getpid()) + "\\n")
+print("begun", flush=True)
+while not pathlib.Path({go!r}).exists():
+    time.sleep(0.05)
+pathlib.Path("../modeldir/model").write_text("trained")
+print("done", flush=True)
+"""
+
+LIMIT_SECS = 8.0
+
+
+@pytest.fixture(scope="module")
+def impatient() -> Iterator[RabbitmqServer]:
+    """A broker that takes a message back after 8 to 10 seconds."""
+    limit = f"consumer_timeout = {LIMIT_SECS * 1000:.0f}\n"
+    with rabbitmq_server(extra=limit, advanced="[{rabbit, [{channel_tick_interval, 2000}]}].") as server:
+        yield server
+
+
+class Work:
+    """One experiment on directory storage that hosts share."""
+
+    def __init__(self, root: pathlib.Path) -> None:
+        self.storage = root / "shared-storage"
+        self.storage.mkdir()
+        self._starts = root / "starts"
+        self._go = root / "go"
+        script = SCRIPT.format(starts=str(self._starts), go=str(self._go))
+        self.body = messages.on_directory(self.storage, script, "k")
+        self.queue = f"rmq_{uuid.uuid4().hex[:12]}"
+
+    def publish(self, server: RabbitmqServer, kind: str = "classic", *, durable: bool = True) -> None:
+        server.declare(self.queue, durable=durable, arguments={"x-queue-type": kind})
+        server.publish(self.queue, self.body, persistent=True)
+
+    @property
+    def starts(self) -> int:
+        return len(self._starts.read_text().splitlines()) if self._starts.exists() else 0
+
+    def end(self) -> None:
+        self._go.touch()
+
+    def documents(self) -> list[dict[str, Any]]:
+        paths = sorted(self.storage.glob("metadata/scrape-host-*.json"))
+        return [json.loads(path.read_text()) for path in paths]
+
+    def statuses(self) -> list[str]:
+        return sorted(each["studioml"]["status"] for each in self.documents())
+
+    def output(self) -> str:
+        with tarfile.open(self.storage / "experiments/k/output.tar") as archive:
+            member = archive.extractfile("output")
+            assert member is not None
+            return member.read().decode()
+
+
+@pytest.fixture
+def work(tmp_path: pathlib.Path) -> Work:
+    return Work(tmp_path)
+
+
+def serve(daemons: MakeDaemon, server: RabbitmqServer, *options: str, **env: str) -> Daemon:
+    return daemons(
+        f"--amqp-mgt-url={server.management_url}",
+        "--queue-refresh=1s",
+        *options,
+        env={"AMQP_URL": server.amqp_url} | env,
+    )
+
+
+def depth(server: RabbitmqServer, queue: str) -> int | None:
+    try:
+        return server.depth(queue)
+    except exceptions.ChannelClosedByBroker:
+        return None
+
+
+def leases(server: RabbitmqServer) -> list[str]:
+    return [
+        each["name"]
+        for each in server.api("GET", "/api/queues/%2F")[1]
+        if each["name"].startswith("studio-runner.lease.")
+    ]
+
+
+def settled(daemon: Daemon, server: RabbitmqServer, work: Work) -> None:
+    """Nothing runs, waits or is leased."""
+    daemon.until(lambda: not daemon.get("/api/runs")["running"])
+    daemon.until(lambda: depth(server, work.queue) in {0, None})
+    daemon.until(lambda: not leases(server), 30)
+
+
+@pytest.mark.parametrize("kind", ["classic", "quorum"])
+def test_a_run_several_times_longer_than_the_limit_runs_once(daemons, impatient, work: Work, kind):
+    work.publish(impatient, kind)
+    first, second = (serve(daemons, impatient, "--rmq-lease=5") for _ in range(2))
+    first.until(lambda: work.starts)
+    begun = time.monotonic()
+    first.until(lambda: leases(impatient))
+    first.until(lambda: time.monotonic() - begun > 4 * LIMIT_SECS)
+    assert work.starts == 1
+    work.end()
+    settled(first, impatient, work)
+    settled(second, impatient, work)
+    assert (work.starts, work.statuses()) == (1, ["completed"])
+    assert work.output() == "begun\ndone\n"
+    for daemon in (first, second):
+        assert not daemon.log("the message of a run in progress was lost; the run goes on and waits for it")
+        assert daemon.stop() == 0
+
+
+def test_without_being_told_the_limit_is_learned(daemons, impatient, work: Work):
+    work.publish(impatient)
+    daemon = serve(daemons, impatient)
+    daemon.until(lambda: leases(impatient))
+    daemon.until(lambda: daemon.log("adopted the redelivered message of a run in progress"))
+    daemon.until(lambda: daemon.log("the broker's limit on holding a message is short: leases begin sooner"))
+    work.end()
+    settled(daemon, impatient, work)
+    assert (work.starts, work.statuses()) == (1, ["completed"])
+    assert daemon.stop() == 0
+
+
+@pytest.mark.parametrize("kind", ["classic", "quorum"])
+def test_the_work_of_a_killed_runner_comes_back_within_the_lease_time(daemons, impatient, work: Work, kind):
+    work.publish(impatient, kind)
+    killed = serve(daemons, impatient, "--rmq-lease=6")
+    killed.until(lambda: work.starts and leases(impatient))
+    other = serve(daemons, impatient, "--rmq-lease=6")
+    killed.kill()
+    at = time.monotonic()
+    other.until(lambda: work.starts == 2)
+    assert time.monotonic() - at < 6 + 15  # the machine may be busy
+    assert other.get("/api/runs")["running"][0]["attempt"] == 2  # counted by the lease
+    work.end()
+    settled(other, impatient, work)
+    assert work.statuses()[0] == "completed"
+    assert other.stop() == 0
+
+
+def test_a_restarted_runner_does_not_wait_for_its_own_lease(daemons, rabbitmq, work: Work):
+    work.publish(rabbitmq)
+    daemon = serve(daemons, rabbitmq, "--rmq-lease=600")
+    daemon.kill()
+    # Handed over at once: it has been delivered before.
+    with rabbitmq.channel() as channel:
+        method, _, _ = channel.basic_get(work.queue)
+        channel.basic_nack(method.delivery_tag, requeue=True)
+    daemon.start()
+    daemon.until(lambda: work.starts and leases(rabbitmq))
+    daemon.kill()
+    daemon.start()
+    daemon.until(lambda: work.starts == 2)
+    assert daemon.log("reclaimed a lease of before the restart")
+    assert daemon.get("/api/runs")["running"][0]["attempt"] == 2
+    work.end()
+    settled(daemon, rabbitmq, work)
+    assert work.statuses() == ["completed", "failed"]
+    assert daemon.stop() == 0
+
+
+def test_a_runner_that_was_frozen_past_its_lease_stops_its_copy(daemons, impatient, work: Work):
+    work.publish(impatient)
+    frozen = serve(daemons, impatient, "--rmq-lease=6")
+    frozen.until(lambda: work.starts and leases(impatient))
+    other = serve(daemons, impatient, "--rmq-lease=6")
+    frozen.signal(signal.SIGSTOP)
+    try:
+        other.until(lambda: work.starts == 2)
+    finally:
+        frozen.signal(signal.SIGCONT)
+    (told,) = frozen.until(
+        lambda: [run for run in frozen.get("/api/runs")["recent"] if run["reason"] == "lease-lost"]
+    )
+    assert (told["status"], told["final"]) == ("superseded", False)
+    frozen.until(lambda: not frozen.get("/api/runs")["running"])
+    assert not (work.storage / "experiments/k/output.tar").exists()  # no results of the frozen one
+    work.end()
+    settled(other, impatient, work)
+    assert (work.starts, work.statuses()) == (2, ["completed", "superseded"])
+    assert work.output() == "begun\ndone\n"
+    for daemon in (frozen, other):
+        assert daemon.stop() == 0
+
+
+def test_a_runner_that_was_frozen_alone_runs_it_again(daemons, impatient, work: Work):
+    work.publish(impatient)
+    daemon = serve(daemons, impatient, "--rmq-lease=5")
+    daemon.until(lambda: work.starts and leases(impatient))
+    daemon.signal(signal.SIGSTOP)
+    try:
+        daemon.until(lambda: depth(impatient, work.queue) == 1)
+    finally:
+        daemon.signal(signal.SIGCONT)
+    daemon.until(lambda: work.starts == 2)
+    work.end()
+    settled(daemon, impatient, work)
+    assert work.statuses() == ["completed", "superseded"]
+    assert daemon.stop() == 0
+
+
+def test_deleting_the_queue_of_a_leased_run_cancels_it(daemons, rabbitmq, work: Work):
+    work.publish(rabbitmq, durable=False)
+    daemon = serve(daemons, rabbitmq, "--rmq-lease=4")
+    daemon.until(lambda: work.starts and leases(rabbitmq))
+    rabbitmq.delete(work.queue)
+    daemon.until(lambda: not daemon.get("/api/runs")["running"], 90)
+    settled(daemon, rabbitmq, work)
+    (document,) = work.documents()
+    assert (document["studioml"]["status"], document["studioml"]["reason"]) == ("stopped", "queue-deleted")
+    assert work.output().startswith("begun\nstudio-runner: ")
+    assert daemon.stop() == 0
+
+
+@pytest.mark.parametrize("lease", ["4", "600"])
+def test_a_broker_restart_during_a_lease_loses_and_repeats_nothing(daemons, own_rabbitmq, work: Work, lease):
+    work.publish(own_rabbitmq)
+    daemon = serve(daemons, own_rabbitmq, f"--rmq-lease={lease}")
+    if lease == "600":  # handed over at once, when it has been delivered before
+        daemon.until(lambda: work.starts)
+        own_rabbitmq.close_connections()
+    daemon.until(lambda: work.starts and leases(own_rabbitmq))
+    own_rabbitmq.restart()
+    if lease == "4":  # it has run out meanwhile: the message is back, and still its run's
+        daemon.until(lambda: daemon.log("adopted the redelivered message of a run in progress"))
+    daemon.until(lambda: leases(own_rabbitmq))
+    work.end()
+    settled(daemon, own_rabbitmq, work)
+    assert (work.starts, work.statuses()) == (1, ["completed"])
+    assert daemon.stop() == 0
+
+
+def test_without_the_permission_a_long_run_is_adopted_time_and_again(daemons, impatient, work: Work):
+    user = work.queue
+    impatient.add_user(user, "secret", tags="management")
+    least = {"configure": "^$", "write": "^$", "read": f"^{work.queue}$"}
+    impatient.api("PUT", f"/api/permissions/%2F/{user}", least)
+    work.publish(impatient)
+    daemon = serve(daemons, impatient, "--rmq-lease=4", AMQP_URL=impatient.url(user=user, password="secret"))
+    adopted = "adopted the redelivered message of a run in progress"
+    daemon.until(lambda: len(daemon.log(adopted)) >= 2, 120)
+    work.end()
+    settled(daemon, impatient, work)
+    assert (work.starts, work.statuses()) == (1, ["completed"])
+    refused = daemon.log(
+        "long runs cannot be leased and keep holding their messages: the user lacks a permission"
+    )
+    assert [each["level"] for each in refused].count("warning") == 1
+    assert daemon.stop() == 0
+
+
+def test_a_drained_runner_gives_its_leased_message_back_uncounted(daemons, rabbitmq, work: Work):
+    work.publish(rabbitmq)
+    daemon = serve(daemons, rabbitmq, "--rmq-lease=4", "--grace=0s")
+    daemon.until(lambda: work.starts and leases(rabbitmq))
+    assert daemon.stop() == 0
+    assert depth(rabbitmq, work.queue) == 1
+    assert not leases(rabbitmq)
+    other = serve(daemons, rabbitmq, "--rmq-lease=4")
+    other.until(lambda: work.starts == 2)
+    assert other.get("/api/runs")["running"][0]["attempt"] == 1
+    work.end()
+    settled(other, rabbitmq, work)
+    assert other.stop() == 0
+
+
+def test_short_runs_open_no_lease(daemons, rabbitmq, work: Work):
+    work.end()
+    work.publish(rabbitmq)
+    daemon = serve(daemons, rabbitmq)
+    settled(daemon, rabbitmq, work)
+    daemon.until(lambda: work.statuses() == ["completed"])
+    links = {each.get("link", "") for each in daemon.log("broker connection is up")}
+    assert not any(link.endswith("lease") for link in links)
+    assert daemon.stop() == 0
