@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import importlib
 import pathlib
+import subprocess
 import sys
 import time
 
@@ -27,7 +28,7 @@ PARTS = (
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the parts; 0 whatever they measure."""
+    """Run the parts; 0 whatever they measure, 1 when one could not."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--only", action="append", choices=PARTS, help="measure only this; may be repeated")
     parser.add_argument("--quick", action="store_true", help="short: shows that it works, figures are coarse")
@@ -44,16 +45,25 @@ def main(arguments: list[str] | None = None) -> int:
         output_bytes=units.parse_bytes(options.output_size or ("50MB" if options.quick else "1GB")),
     )
     measured: list[figures.Figure] = []
+    failed: list[str] = []
     with contextlib.closing(lab):
         for part in options.only or PARTS:
             print(f"{part} ...", file=sys.stderr, flush=True)
-            measured += importlib.import_module(f"bench.{part}").measure(lab)
+            try:
+                measured += importlib.import_module(f"bench.{part}").measure(lab)
+            except (
+                AssertionError,
+                OSError,
+                subprocess.SubprocessError,
+            ) as exc:  # the others are still worth it
+                print(f"{part} failed: {exc}", file=sys.stderr)
+                failed.append(part)
     figures.show(measured)
-    told = {"only": options.only, "quick": options.quick}
+    told = {"only": options.only, "quick": options.quick, "failed": failed}
     content = figures.document(measured, options=told, secs=time.monotonic() - began)
     path = figures.save(options.results, time.strftime("%Y%m%dT%H%M%S"), content)
     print(f"load {' '.join(map(str, content['machine']['load']))}; kept in {path}", file=sys.stderr)
-    return 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

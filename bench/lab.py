@@ -111,7 +111,9 @@ class Lab:
         """The daemon of latency, throughput and memory: RabbitMQ and S3, two runs at a time, its environment warm."""
         queue = self.queue
         cores = str(min(2, len(os.sched_getaffinity(0))))
-        daemon = self.daemon("daemon", f"--max-cores={cores}", "--queue-refresh=2s", env=self.account())
+        daemon = self.daemon(
+            "daemon", "--queue-match=^rmq_bench$", f"--max-cores={cores}", env=self.account()
+        )
         job = self.job(NOOP)
         self.broker.publish(queue, job.body)
         wait(job.stamp.exists, "the first experiment, which builds the environment", daemon)
@@ -219,11 +221,11 @@ def wait(
     secs: float = PATIENCE_SECS,
     pause_secs: float = 0.001,
 ) -> None:
-    """Look until it is true. SystemExit, with the daemon's log, when it does not come."""
+    """Look until it is true. Raises TimeoutError, with the end of the daemon's log, when it does not come."""
     limit = time.monotonic() + secs
     while not condition():
         if time.monotonic() > limit:
-            raise SystemExit(f"not in time: {what}\n{daemon.log_text()[-4000:] if daemon else ''}")
+            raise TimeoutError(f"not in time: {what}\n{daemon.log_text()[-4000:] if daemon else ''}")
         time.sleep(pause_secs)  # between questions
 
 
