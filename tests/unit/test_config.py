@@ -44,6 +44,7 @@ REACHES = {
     "limit-tasks": ("7", "limits.tasks"),
     "limit-idle-duration": ("1h", "limits.idle_secs"),
     "limit-interval": ("1m", "limits.interval_secs"),
+    "rmq-lease": ("90", "queues.rmq_lease"),
     "certs-dir": ("/certs", "queues.certs"),
     "sqs-certs": ("/certs", "queues.certs"),
     "google-certs": ("/certs", "queues.certs"),
