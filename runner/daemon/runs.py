@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -18,6 +19,7 @@ from runner.experiment.lifecycle import Experiment
 from runner.experiment.outcome import Outcome
 from runner.experiment.results import Undelivered
 from runner.experiment.workspace import Workspace
+from runner.metadata import names
 from runner.telemetry import metrics
 
 if TYPE_CHECKING:
@@ -353,8 +355,8 @@ class Runs:
                 self._save(active, Outcome.of_stop(errors.Reason.DRAINED, text))
             await experiment.abandon()
             raise
-        if results is not None:  # should the message come again, it finds them
-            self._undelivered.append(active.state)
+        if results is not None:
+            self._keep(active)
         elif experiment.unrecorded:
             self._unrecorded(active.state)
         elif not experiment.undelivered:
@@ -363,6 +365,15 @@ class Runs:
             self._states.remove(active.state.run_id)
             await experiment.discard(keep=self._config.paths.keep_runs)
         return outcome, fate
+
+    def _keep(self, active: Active) -> None:
+        """Results that were refused: should the message come again, they are stored then, with a document of their own."""
+        paths = self._config.paths
+        with contextlib.suppress(OSError):
+            second = names.claim_second(paths.state_dir, self._tools.host, time.time())
+            active.state = dataclasses.replace(active.state, second=second)
+            self._states.save(active.state)
+        self._undelivered.append(active.state)
 
     def _save(self, active: Active, outcome: Outcome) -> None:
         active.state = dataclasses.replace(active.state, outcome=outcome, staged=active.experiment.staged)

@@ -100,6 +100,7 @@ class Settler:
                     text=text,
                     attempts=active.attempt,
                     results=results,
+                    unique=not active.state.shared,
                 )
                 fate = errors.Fate.REJECT if rejected else errors.Fate.REQUEUE
         return fate
@@ -168,6 +169,7 @@ class Settler:
         text: str,
         attempts: int,
         results: Path | None = None,
+        unique: bool = True,
     ) -> bool:
         """Dead-letter it, then remove it from its queue. False: it cannot be written, and the message goes back to its queue."""
         try:
@@ -191,7 +193,7 @@ class Settler:
             self._metrics.delivery("requeue")
             await delivery.requeue(wait)
             return False
-        self._finish(queue, delivery, unique=True)
+        self._finish(queue, delivery, unique=unique)
         self._metrics.dead_letter(reason)
         await delivery.reject()
         self._metrics.delivery("reject")

@@ -82,7 +82,8 @@ class Experiment:
         )
         self._artifacts = Artifacts(request, workspace, tools)
         self._cancellation = Cancellation(request, tools.stores, tools.config)
-        self._record = Record(self, tools, resumed=second is not None)
+        self._resumed = second is not None
+        self._record = Record(self, tools, resumed=self._resumed)
         self._results = Results(request, workspace, artifacts=self._artifacts, record=self._record)
         self._secrets = secret_values(request.raw)
         self._process: Process | None = None
@@ -323,6 +324,8 @@ class Experiment:
     ) -> None:
         """Store the results: as `Results.deliver`, with what it raises."""
         self._enter("uploading")
+        if self._resumed:
+            await asyncio.to_thread(self._record.restore, outcome)
         try:
             self.unrecorded = not await self._results.deliver(
                 outcome, staged=self.staged, on_unreachable=on_unreachable

@@ -113,6 +113,15 @@ class Record:
             self._show()
             self._write()
 
+    def restore(self, outcome: Outcome) -> None:
+        """Of an attempt of an earlier daemon: the document on disk is the final one, unless it tells of another outcome. Blocking."""
+        told = None
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            studioml = orjson.loads(self._workspace.document.read_bytes())["studioml"]
+            told = studioml["status"], studioml["reason"]
+        if told != (outcome.status, outcome.reason):
+            self.finish(outcome)
+
     async def upload(self, *, final: bool = False) -> list[errors.RunnerError]:
         """Store what changed of the three objects, the document last; what failed is returned.
 
