@@ -92,10 +92,11 @@ def work(tmp_path: pathlib.Path) -> Work:
     return Work(tmp_path)
 
 
-def serve(daemons: MakeDaemon, server: RabbitmqServer, *options: str, **env: str) -> Daemon:
+def serve(daemons: MakeDaemon, server: RabbitmqServer, work: Work, *options: str, **env: str) -> Daemon:
     return daemons(
         f"--amqp-mgt-url={server.management_url}",
         "--queue-refresh=1s",
+        f"--queue-match=^{work.queue}$",
         *options,
         env={"AMQP_URL": server.amqp_url} | env,
     )
@@ -108,11 +109,12 @@ def depth(server: RabbitmqServer, queue: str) -> int | None:
         return None
 
 
-def leases(server: RabbitmqServer) -> list[str]:
+def leases(server: RabbitmqServer, work: Work) -> list[str]:
     return [
         each["name"]
         for each in server.api("GET", "/api/queues/%2F")[1]
         if each["name"].startswith("studio-runner.lease.")
+        and each["arguments"]["x-dead-letter-routing-key"] == work.queue
     ]
 
 
@@ -120,16 +122,16 @@ def settled(daemon: Daemon, server: RabbitmqServer, work: Work) -> None:
     """Nothing runs, waits or is leased."""
     daemon.until(lambda: not daemon.get("/api/runs")["running"])
     daemon.until(lambda: depth(server, work.queue) in {0, None})
-    daemon.until(lambda: not leases(server), 30)
+    daemon.until(lambda: not leases(server, work), 30)
 
 
 @pytest.mark.parametrize("kind", ["classic", "quorum"])
 def test_a_run_several_times_longer_than_the_limit_runs_once(daemons, impatient, work: Work, kind):
     work.publish(impatient, kind)
-    first, second = (serve(daemons, impatient, "--rmq-lease=5") for _ in range(2))
+    first, second = (serve(daemons, impatient, work, "--rmq-lease=5") for _ in range(2))
     first.until(lambda: work.starts)
     begun = time.monotonic()
-    first.until(lambda: leases(impatient))
+    first.until(lambda: leases(impatient, work))
     first.until(lambda: time.monotonic() - begun > 4 * LIMIT_SECS)
     assert work.starts == 1
     work.end()
@@ -144,8 +146,8 @@ def test_a_run_several_times_longer_than_the_limit_runs_once(daemons, impatient,
 
 def test_without_being_told_the_limit_is_learned(daemons, impatient, work: Work):
     work.publish(impatient)
-    daemon = serve(daemons, impatient)
-    daemon.until(lambda: leases(impatient))
+    daemon = serve(daemons, impatient, work)
+    daemon.until(lambda: leases(impatient, work))
     daemon.until(lambda: daemon.log("adopted the redelivered message of a run in progress"))
     daemon.until(lambda: daemon.log("the broker's limit on holding a message is short: leases begin sooner"))
     work.end()
@@ -157,9 +159,9 @@ def test_without_being_told_the_limit_is_learned(daemons, impatient, work: Work)
 @pytest.mark.parametrize("kind", ["classic", "quorum"])
 def test_the_work_of_a_killed_runner_comes_back_within_the_lease_time(daemons, impatient, work: Work, kind):
     work.publish(impatient, kind)
-    killed = serve(daemons, impatient, "--rmq-lease=6")
-    killed.until(lambda: work.starts and leases(impatient))
-    other = serve(daemons, impatient, "--rmq-lease=6")
+    killed = serve(daemons, impatient, work, "--rmq-lease=6")
+    killed.until(lambda: work.starts and leases(impatient, work))
+    other = serve(daemons, impatient, work, "--rmq-lease=6")
     killed.kill()
     at = time.monotonic()
     other.until(lambda: work.starts == 2)
@@ -173,14 +175,14 @@ def test_the_work_of_a_killed_runner_comes_back_within_the_lease_time(daemons, i
 
 def test_a_restarted_runner_does_not_wait_for_its_own_lease(daemons, rabbitmq, work: Work):
     work.publish(rabbitmq)
-    daemon = serve(daemons, rabbitmq, "--rmq-lease=600")
+    daemon = serve(daemons, rabbitmq, work, "--rmq-lease=600")
     daemon.kill()
     # Handed over at once: it has been delivered before.
     with rabbitmq.channel() as channel:
         method, _, _ = channel.basic_get(work.queue)
         channel.basic_nack(method.delivery_tag, requeue=True)
     daemon.start()
-    daemon.until(lambda: work.starts and leases(rabbitmq))
+    daemon.until(lambda: work.starts and leases(rabbitmq, work))
     daemon.kill()
     daemon.start()
     daemon.until(lambda: work.starts == 2)
@@ -194,9 +196,9 @@ def test_a_restarted_runner_does_not_wait_for_its_own_lease(daemons, rabbitmq, w
 
 def test_a_runner_that_was_frozen_past_its_lease_stops_its_copy(daemons, impatient, work: Work):
     work.publish(impatient)
-    frozen = serve(daemons, impatient, "--rmq-lease=6")
-    frozen.until(lambda: work.starts and leases(impatient))
-    other = serve(daemons, impatient, "--rmq-lease=6")
+    frozen = serve(daemons, impatient, work, "--rmq-lease=6")
+    frozen.until(lambda: work.starts and leases(impatient, work))
+    other = serve(daemons, impatient, work, "--rmq-lease=6")
     frozen.signal(signal.SIGSTOP)
     try:
         other.until(lambda: work.starts == 2)
@@ -218,8 +220,8 @@ def test_a_runner_that_was_frozen_past_its_lease_stops_its_copy(daemons, impatie
 
 def test_a_runner_that_was_frozen_alone_runs_it_again(daemons, impatient, work: Work):
     work.publish(impatient)
-    daemon = serve(daemons, impatient, "--rmq-lease=5")
-    daemon.until(lambda: work.starts and leases(impatient))
+    daemon = serve(daemons, impatient, work, "--rmq-lease=5")
+    daemon.until(lambda: work.starts and leases(impatient, work))
     daemon.signal(signal.SIGSTOP)
     try:
         daemon.until(lambda: depth(impatient, work.queue) == 1)
@@ -234,8 +236,8 @@ def test_a_runner_that_was_frozen_alone_runs_it_again(daemons, impatient, work: 
 
 def test_deleting_the_queue_of_a_leased_run_cancels_it(daemons, rabbitmq, work: Work):
     work.publish(rabbitmq, durable=False)
-    daemon = serve(daemons, rabbitmq, "--rmq-lease=4")
-    daemon.until(lambda: work.starts and leases(rabbitmq))
+    daemon = serve(daemons, rabbitmq, work, "--rmq-lease=4")
+    daemon.until(lambda: work.starts and leases(rabbitmq, work))
     rabbitmq.delete(work.queue)
     daemon.until(lambda: not daemon.get("/api/runs")["running"], 90)
     settled(daemon, rabbitmq, work)
@@ -248,15 +250,16 @@ def test_deleting_the_queue_of_a_leased_run_cancels_it(daemons, rabbitmq, work: 
 @pytest.mark.parametrize("lease", ["4", "600"])
 def test_a_broker_restart_during_a_lease_loses_and_repeats_nothing(daemons, own_rabbitmq, work: Work, lease):
     work.publish(own_rabbitmq)
-    daemon = serve(daemons, own_rabbitmq, f"--rmq-lease={lease}")
+    daemon = serve(daemons, own_rabbitmq, work, f"--rmq-lease={lease}")
     if lease == "600":  # handed over at once, when it has been delivered before
         daemon.until(lambda: work.starts)
-        own_rabbitmq.close_connections()
-    daemon.until(lambda: work.starts and leases(own_rabbitmq))
+        lost = "the message of a run in progress was lost; the run goes on and waits for it"
+        daemon.until(lambda: own_rabbitmq.close_connections() and daemon.log(lost))
+    daemon.until(lambda: work.starts and leases(own_rabbitmq, work))
     own_rabbitmq.restart()
     if lease == "4":  # it has run out meanwhile: the message is back, and still its run's
         daemon.until(lambda: daemon.log("adopted the redelivered message of a run in progress"))
-    daemon.until(lambda: leases(own_rabbitmq))
+    daemon.until(lambda: leases(own_rabbitmq, work))
     work.end()
     settled(daemon, own_rabbitmq, work)
     assert (work.starts, work.statuses()) == (1, ["completed"])
@@ -269,7 +272,9 @@ def test_without_the_permission_a_long_run_is_adopted_time_and_again(daemons, im
     least = {"configure": "^$", "write": "^$", "read": f"^{work.queue}$"}
     impatient.api("PUT", f"/api/permissions/%2F/{user}", least)
     work.publish(impatient)
-    daemon = serve(daemons, impatient, "--rmq-lease=4", AMQP_URL=impatient.url(user=user, password="secret"))
+    daemon = serve(
+        daemons, impatient, work, "--rmq-lease=4", AMQP_URL=impatient.url(user=user, password="secret")
+    )
     adopted = "adopted the redelivered message of a run in progress"
     daemon.until(lambda: len(daemon.log(adopted)) >= 2, 120)
     work.end()
@@ -284,12 +289,12 @@ def test_without_the_permission_a_long_run_is_adopted_time_and_again(daemons, im
 
 def test_a_drained_runner_gives_its_leased_message_back_uncounted(daemons, rabbitmq, work: Work):
     work.publish(rabbitmq)
-    daemon = serve(daemons, rabbitmq, "--rmq-lease=4", "--grace=0s")
-    daemon.until(lambda: work.starts and leases(rabbitmq))
+    daemon = serve(daemons, rabbitmq, work, "--rmq-lease=4", "--grace=0s")
+    daemon.until(lambda: work.starts and leases(rabbitmq, work))
     assert daemon.stop() == 0
     assert depth(rabbitmq, work.queue) == 1
-    assert not leases(rabbitmq)
-    other = serve(daemons, rabbitmq, "--rmq-lease=4")
+    assert not leases(rabbitmq, work)
+    other = serve(daemons, rabbitmq, work, "--rmq-lease=4")
     other.until(lambda: work.starts == 2)
     assert other.get("/api/runs")["running"][0]["attempt"] == 1
     work.end()
@@ -300,7 +305,7 @@ def test_a_drained_runner_gives_its_leased_message_back_uncounted(daemons, rabbi
 def test_short_runs_open_no_lease(daemons, rabbitmq, work: Work):
     work.end()
     work.publish(rabbitmq)
-    daemon = serve(daemons, rabbitmq)
+    daemon = serve(daemons, rabbitmq, work)
     settled(daemon, rabbitmq, work)
     daemon.until(lambda: work.statuses() == ["completed"])
     links = {each.get("link", "") for each in daemon.log("broker connection is up")}
