@@ -35,11 +35,12 @@ def measure(lab: Lab) -> list[Figure]:
     before = resident_bytes(daemon)
     run(many)
     after = resident_bytes(daemon)
-    peaks = []
+    peaks, lasting = [], []
     for size in (MB, lab.output_bytes):
         forget_peak(daemon)
         run(1, PRINTER, (str(size),))
         peaks.append(peak_bytes(daemon))
+        lasting.append(resident_bytes(daemon))
     return [
         Figure(
             name=f"memory after {many} more runs",
@@ -56,5 +57,13 @@ def measure(lab: Lab) -> list[Figure]:
             baseline=peaks[0] / MB,
             note="the daemon; beside one that prints 1 MB. Uploads have up to four parts of 16 MiB in memory",
             bar=Bar(limit=3),
+        ),
+        Figure(
+            name="memory after that",
+            value=lasting[1] / MB,
+            unit="MB",
+            baseline=lasting[0] / MB,
+            bar=Bar(limit=1.1),
+            note="daemon and nursery; what an upload needed goes back to the system",
         ),
     ]

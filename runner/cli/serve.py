@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ctypes
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 
 #: Larger ones are no list of certificates (INTEROP.md 9.1).
 MAX_CA_BYTES = 128 * 1024
+_M_MMAP_THRESHOLD = -3  # malloc.h
+_LARGE_BYTES = 1 << 20
 #: Exit codes of a daemon that was made to end: 128 and the signal.
 FORCED = 128
 
@@ -25,10 +29,21 @@ def serve(options: config.Config) -> int:
     """Run the daemon until it ends; returns the exit code (DESIGN.md 5.10). Raises UsageError for unusable files."""
     check_files(options)
     logs.configure(options.logs, sys.stderr)
+    give_memory_back()
     try:
         return asyncio.run(run_daemon(options))
     finally:
         logs.flush()
+
+
+def give_memory_back() -> None:
+    """Let large pieces of memory return to the system as they are freed.
+
+    glibc learns from the first freed part of an upload (16 MiB) to keep the next ones for itself, in each thread's heap: some
+    gigabytes of results would leave the daemon twice as large for ever.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
 
 
 async def run_daemon(options: config.Config) -> int:
