@@ -26,6 +26,7 @@ HANDOVER_SECS = (
     10.0  #: for acks, put-backs and pauses, which wait for the thread and at most a few round trips
 )
 VET_SECS = 20.0  #: for looking whether a lease has what was delivered again
+VET_TRIES = 3
 VET_AGAIN_SECS = 1.0
 
 
@@ -188,22 +189,27 @@ class RabbitmqConsumer(base.Consumer):
         if self._leases is None or delivery.vetted or not delivery.redelivered:
             return True
         look = functools.partial(self._leases.is_held, delivery.hold, redelivered=delivery.by_broker)
-        while not delivery.lost.is_set():
+        held = False
+        for left in reversed(range(VET_TRIES)):
             try:
                 held = await self._lane.call(look, limit=VET_SECS)
+                break
             except (exceptions.AMQPError, TimeoutError) as error:
                 # Handed out unseen, it could be taken for a second copy of what is lost.
                 log.debug("a redelivery cannot be looked into", queue=str(self._queue), error=str(error))
-                await asyncio.sleep(VET_AGAIN_SECS)
+                if left:
+                    await asyncio.sleep(VET_AGAIN_SECS)
+                else:
+                    await self._lane.call(self._leases.cannot_tell, delivery.hold, limit=HANDOVER_SECS)
             except rabbitmq_connection.Closed:
                 return False
-            else:
-                delivery.vetted = True
-                if held:
-                    log.info("acknowledged a redelivery of what is held in a lease", queue=str(self._queue))
-                    await delivery.ack()
-                return not held
-        return False
+            if delivery.lost.is_set():
+                return False
+        delivery.vetted = True
+        if held:
+            log.info("acknowledged a redelivery of what is held in a lease", queue=str(self._queue))
+            await delivery.ack()
+        return not held
 
     async def _ask(self) -> None:
         """Wait until something has arrived. Raises `QueueGone`."""

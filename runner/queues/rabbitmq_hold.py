@@ -39,7 +39,7 @@ STEP_SECS = 8.0
 STEPS_PER_LEASE = 6
 #: How often another runner's copy is seen before ours is taken for gone.
 SIGHTINGS = 3
-#: How long the broker is given to hear that an original is acknowledged.
+#: How long the broker is given to write a lease queue down (killed before, it forgets it), and to hear an acknowledgement.
 SETTLE_SECS = 2.0
 #: How often it is looked whether another runner has what was lost.
 LOST_SECS = 10.0
@@ -166,6 +166,11 @@ class Hold:
             self.on_lost(superseded=False)
         return done
 
+    def give_up(self) -> None:
+        """What became of its copy cannot be found out, and a message like it is here."""
+        if not self._lost and not self._ended and self._held is None:
+            self._lose()
+
     def abandon(self) -> None:
         """Nobody cares any more."""
         self._ended = True
@@ -201,16 +206,10 @@ class Hold:
             self._task = asyncio.create_task(self._live(), name=f"lease {self.message.lease_queue}")
 
     async def _live(self) -> None:
-        assert self._leases is not None
         moved = await self._hand_over()
-        told = False
-        if moved and self._held is not None:
-            # Should that be too late, and the original come again: a copy that was never renewed says what it is.
-            told = await self._held.ack()
-            self._held = None
         self._first_try.set()
         if moved:
-            await self._keep(told_on=self._leases.generation if told else None)
+            await self._keep()
         elif self._held is None and not self._lost:
             self._lose()
         else:
@@ -278,38 +277,34 @@ class Hold:
 
     # -- in its lease queue
 
-    async def _keep(self, told_on: int | None = None) -> None:
-        """Renew it, for ever. A copy that is gone is lost; with another runner, or gone while this process slept, superseded.
-
-        `told_on`: the generation of the connection on which its original was acknowledged just now.
-        """
+    async def _keep(self) -> None:
+        """Renew it, for ever. A copy that is gone is lost; with another runner, or gone while this process slept, superseded."""
         assert self._leases is not None
         secs = self._leases.terms.secs
-        regular = secs / 3
-        wait = regular if told_on is None else min(SETTLE_SECS, secs / STEPS_PER_LEASE)
+        regular, settling = secs / 3, min(SETTLE_SECS, secs / STEPS_PER_LEASE)
+        wait = regular if self._held is None else settling
+        told_on: int | None = None
         failures = sightings = 0
         slept = False
         while True:
             began = now()
             # Two that hold the same bytes must not look at the same moments: each would see the other's copy only.
             await asyncio.sleep(wait * random.uniform(0.8, 1.0))
-            if told_on is not None and told_on == self._leases.generation:
-                self._seq, told_on = (
-                    1,
-                    None,
-                )  # nothing broke: the original is gone for good, and this renewal says so
+            told_on = await self._let_go(told_on)
             finding = await self._look_after()
             slept = slept or now() - began > wait + 2 * self.step_secs + secs / 12
             if finding is lease.Finding.OURS:
                 self._seq += bool(self._seq)
-                wait, failures, sightings, slept = regular, 0, 0, False
+                wait, failures, sightings, slept = regular if told_on is None else settling, 0, 0, False
             elif finding is None:
                 failures += 1
                 wait = wire.backoff(failures, min(wire.UNREACHABLE_DELAY_SECS, secs / 10))
             elif finding is lease.Finding.OTHERS and (sightings := sightings + 1) >= SIGHTINGS:
                 self._lose(superseded=True)
                 return
-            elif finding is lease.Finding.OTHERS or now() < self._expires:
+            elif finding is lease.Finding.OTHERS or (
+                finding is lease.Finding.NOTHING and now() < self._expires
+            ):
                 wait = min(1.0, secs / 10) * random.uniform(0.3, 1.0)
             else:
                 if slept or not self._lost:
@@ -317,6 +312,20 @@ class Hold:
                 if slept:
                     return
                 wait = min(regular, LOST_SECS)
+
+    async def _let_go(self, told_on: int | None) -> int | None:
+        """Acknowledge the original, not before the broker had time to write its lease down; and see it gone, a while later.
+
+        `told_on`, returned: the generation of the connection on which it was acknowledged just now.
+        """
+        assert self._leases is not None
+        if self._held is not None:
+            # Should that be too late, and the original come again: a copy whose `seq` is 0 says what it is.
+            told, self._held = await self._held.ack(), None
+            return self._leases.generation if told else None
+        if told_on is not None and told_on == self._leases.generation:
+            self._seq = 1
+        return None
 
     async def _look_after(self) -> lease.Finding | None:
         """Renew our copy, or see what became of it; None: the broker does not answer."""
@@ -326,7 +335,8 @@ class Hold:
                 async with self._turn:
                     return await self._leases.look(self)
             finding = await self._exchange(fresh=False)
-            if finding is lease.Finding.NO_QUEUE and now() < self._expires:
+            known = self._seq > 0 or self._held is not None
+            if finding is lease.Finding.NO_QUEUE and now() < self._expires and known:
                 log.warning(
                     "a lease queue was removed under its message: made again", queue=self.message.queue
                 )
@@ -373,7 +383,7 @@ class Hold:
                     self._leases.give_back(self, self.attempt) if requeue else self._leases.finish(self)
                 ):
                     return True
-            if self._held is not None or now() >= self._expires:
+            if (self._held is not None and not self._leased) or now() >= self._expires:
                 return False
             failures += 1
             await asyncio.sleep(wire.backoff(failures, min(5.0, self._leases.terms.secs / 10)))

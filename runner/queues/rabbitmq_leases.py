@@ -127,6 +127,12 @@ class Leases:
         arrived.schedule()
         return False
 
+    async def cannot_tell(self, arrived: Hold) -> None:
+        """`is_held` failed too often: the message is taken for the only one there is, by the runs that have one like it, too."""
+        for hold in self._alike(arrived.message):
+            hold.give_up()
+        arrived.schedule()
+
     async def _is_original(self, message: lease.Message) -> bool:
         try:
             async with self._channel() as channel:
@@ -224,7 +230,7 @@ class Leases:
             "long runs cannot be leased and keep holding their messages: the user lacks a permission",
             link=self.publishing.label,
             error=error.reply_text,
-            needed=r"configure ^studio-runner\.lease\. / write ^amq\.default$ and leases / read leases",
+            needed=r"configure ^studio-runner\.lease\. , write ^amq\.default$ , read ^studio-runner\.lease\.",
         )
         return False
 

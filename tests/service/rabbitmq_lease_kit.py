@@ -15,7 +15,7 @@ from pika import exceptions
 from runner.config import RmqLease
 from runner.queues.rabbitmq import RabbitmqBackend
 from tests.servers.proxy import Proxy
-from tests.service.rabbitmq_kit import LIMIT, ref, take
+from tests.service.rabbitmq_kit import LIMIT, ref, take, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -100,9 +100,10 @@ def leases(server: RabbitmqServer) -> list[str]:
 
 
 async def leased(server: RabbitmqServer, queue: str, body: bytes) -> str:
-    """Wait until the message is in its lease queue, and its channel has let go of it; the lease queue's name."""
+    """Wait until the message is in its lease queue, and its original known to be gone; the lease queue's name."""
     name = lease_name(queue, body)
     await reaches(server, name, 1)
+    await until(lambda: peek(server, name)[0].headers["seq"] > 0)
     return name
 
 

@@ -288,7 +288,7 @@ async def test_the_least_permissions_are_enough(rabbitmq, name):
     rabbitmq.add_user(name, "secret", tags="management")
     least = {
         "configure": r"^studio-runner\.lease\.",
-        "write": r"^(amq\.default$|studio-runner\.lease\.)",
+        "write": r"^amq\.default$",
         "read": rf"^({name}$|studio-runner\.lease\.)",
     }
     rabbitmq.api("PUT", f"/api/permissions/%2F/{name}", least)
