@@ -431,13 +431,33 @@ async def test_closing_a_queue_and_draining_at_once_ends(tmp_path, monkeypatch):
 
 
 async def test_no_more_tasks_are_started_than_the_limit_says(tmp_path):
-    async with daemon(tmp_path, limits={"tasks": 2, "interval_secs": 1.0}, runs={"grace_secs": 0.0}) as it:
+    async with daemon(tmp_path, limits={"tasks": 2, "interval_secs": 0.05}, runs={"grace_secs": 0.0}) as it:
         for queue in ("rmq_a", "rmq_b"):
             for number in range(5):
-                await it.submit("import time; time.sleep(0.3)", key=f"{queue}{number}", queue=queue)
+                await it.submit("import time; time.sleep(1.5)", key=f"{queue}{number}", queue=queue)
         assert await asyncio.wait_for(it.task, LIMIT_SECS) == 0
         # Those that had started were let finish: a limit is no signal, and --grace is for signals.
         assert [each["studioml"]["status"] for each in it.documents()] == ["completed"] * 2
+
+
+async def test_what_is_parked_when_the_limit_is_reached_goes_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(dispatch, "LINGER_SECS", 60.0)
+    go = tmp_path / "go"
+    queues = ("rmq_a", "rmq_b", "rmq_c")
+    limits = {"tasks": 2, "interval_secs": 60.0}
+    async with daemon(tmp_path, limits=limits, machine={"max_cores": 1}) as it:
+        for queue in queues:
+            it.queue.declare(queue)
+        await asyncio.sleep(0.5)  # all are asked for work
+        await it.submit(WAIT.format(go=go))
+        await it.until(it.printed)
+        for queue in queues[1:]:
+            await it.submit(WAIT.format(go=go), key=queue, queue=queue)
+        await it.until(lambda: len(it.queue.held) == 3)
+        go.touch()
+        await it.until(lambda: not it.queue.held and not it.runs)
+        assert len(it.documents()) == 2
+        assert sum(it.queue.depth(queue) for queue in queues) == 1
 
 
 async def test_the_first_signal_after_a_limit_is_the_first_signal(tmp_path):
