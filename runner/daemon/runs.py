@@ -178,45 +178,55 @@ class Runs:
         working_dir = self._config.paths.working_dir
         if shutil.disk_usage(working_dir).free < MIN_FREE_BYTES:
             raise OSError(f"less than {MIN_FREE_BYTES >> 20} MiB are free below {working_dir}")
-        twins = self.find(queue, delivery.digest)
         workspace = Workspace.create(working_dir / "runs", request.key)
-        begun = False
         try:
-            _write_private(workspace.request, delivery.body)
-            experiment = Experiment(
-                request=request, workspace=workspace, tools=self._tools, granted=allocation.amounts
-            )
-            count = self._ledger.begin(queue.ledger_key, delivery.digest, delivery.attempts)
-            begun = True
-            experiment.attempt = max(1, count - len(twins))
-            state = RunState(
-                run_id=workspace.run_id,
-                root=workspace.root,
-                queue=queue.ledger_key,
-                digest=delivery.digest,
-                second=experiment.accession.second,
-                started=experiment.started,
-                attempt=experiment.attempt,
-                shared=bool(twins) or (queue.ledger_key, delivery.digest) in self._shared,
-            )
-            self._states.save(state)
+            active = self._prepared(workspace, queue, delivery, request, allocation)
         except OSError:
-            if begun:
-                self._ledger.undo(queue.ledger_key, delivery.digest)
             self._states.remove(workspace.run_id)
             workspace.remove()
             raise
         self._tools.metrics.attempt()
         self.started_total += 1
-        self._begin(
-            Active(
-                queue=queue,
-                delivery=delivery,
-                request=request,
-                experiment=experiment,
-                state=state,
-                allocation=allocation,
-            )
+        self._begin(active)
+
+    def _prepared(
+        self,
+        workspace: Workspace,
+        queue: QueueState,
+        delivery: Delivery,
+        request: Request,
+        allocation: Allocation,
+    ) -> Active:
+        """A run that is written down and counted. Raises OSError, and then it is not counted."""
+        _write_private(workspace.request, delivery.body)
+        experiment = Experiment(
+            request=request, workspace=workspace, tools=self._tools, granted=allocation.amounts
+        )
+        twins = self.find(queue, delivery.digest)
+        key = (queue.ledger_key, delivery.digest)
+        experiment.attempt = max(1, self._ledger.begin(*key, delivery.attempts) - len(twins))
+        state = RunState(
+            run_id=workspace.run_id,
+            root=workspace.root,
+            queue=queue.ledger_key,
+            digest=delivery.digest,
+            second=experiment.accession.second,
+            started=experiment.started,
+            attempt=experiment.attempt,
+            shared=bool(twins) or key in self._shared,
+        )
+        try:
+            self._states.save(state)
+        except OSError:
+            self._ledger.undo(*key)
+            raise
+        return Active(
+            queue=queue,
+            delivery=delivery,
+            request=request,
+            experiment=experiment,
+            state=state,
+            allocation=allocation,
         )
 
     def resume(self, queue: QueueState, delivery: Delivery, request: Request) -> bool:
