@@ -284,19 +284,7 @@ async def test_one_whose_message_another_host_took_has_to_stop(rabbitmq, name):
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @either_type
-@pytest.mark.parametrize(
-    "how",
-    [
-        "stop",
-        pytest.param(
-            "kill",
-            # A known defect, open with the issue of long runs: not lost, but a second copy may wait in the queue.
-            marks=pytest.mark.xfail(
-                strict=False, reason="a killed broker may give back a copy beside the lease"
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("how", ["stop", "kill"])
 async def test_a_broker_restart_loses_no_leased_message(own_rabbitmq, name, how, kind):
     own_rabbitmq.declare(name, durable=True, arguments=ARGUMENTS[kind])
     own_rabbitmq.publish(name, BODY, persistent=True)
