@@ -26,7 +26,7 @@ from tests.service.rabbitmq_lease_kit import (
 
 __all__ = ["name"]  # fixtures
 
-pytestmark = pytest.mark.service
+pytestmark = [pytest.mark.service, pytest.mark.slow]
 
 BODY = b'{"experiment": {}}'
 
@@ -281,7 +281,6 @@ async def test_one_whose_message_another_host_took_has_to_stop(rabbitmq, name):
         assert await again.ack() is True
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(300)
 @either_type
 @pytest.mark.parametrize("how", ["stop", "kill"])
@@ -300,7 +299,6 @@ async def test_a_broker_restart_loses_no_leased_message(own_rabbitmq, name, how,
         await reaches(own_rabbitmq, lease_name(name, BODY), None)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(300)
 async def test_a_broker_that_is_away_for_longer_than_the_lease_loses_nothing_either(own_rabbitmq, name):
     own_rabbitmq.declare(name, durable=True)
@@ -319,7 +317,6 @@ async def test_a_broker_that_is_away_for_longer_than_the_lease_loses_nothing_eit
         assert await again.ack() is True
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(180)
 @either_type
 async def test_messages_are_held_past_the_brokers_limit(name, kind):
