@@ -322,6 +322,7 @@ class Hold:
         if self._held is not None:
             # Should that be too late, and the original come again: a copy whose `seq` is 0 says what it is.
             told, self._held = await self._held.ack(), None
+            log.debug("a message is held by its lease from now on", queue=self.message.queue, told=told)
             return self._leases.generation if told else None
         if told_on is not None and told_on == self._leases.generation:
             self._seq = 1

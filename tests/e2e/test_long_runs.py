@@ -118,6 +118,12 @@ def leases(server: RabbitmqServer, work: Work) -> list[str]:
     ]
 
 
+def leased(daemon: Daemon, server: RabbitmqServer, work: Work) -> bool:
+    """It runs, and its hand-over is over: only the lease holds its message."""
+    handed_over = daemon.log("a message is held by its lease from now on")
+    return bool(work.starts and handed_over and leases(server, work))
+
+
 def settled(daemon: Daemon, server: RabbitmqServer, work: Work) -> None:
     """Nothing runs, waits or is leased."""
     daemon.until(lambda: not daemon.get("/api/runs")["running"])
@@ -160,7 +166,7 @@ def test_without_being_told_the_limit_is_learned(daemons, impatient, work: Work)
 def test_the_work_of_a_killed_runner_comes_back_within_the_lease_time(daemons, impatient, work: Work, kind):
     work.publish(impatient, kind)
     killed = serve(daemons, impatient, work, "--rmq-lease=6")
-    killed.until(lambda: work.starts and leases(impatient, work))
+    killed.until(lambda: leased(killed, impatient, work))
     other = serve(daemons, impatient, work, "--rmq-lease=6")
     killed.kill()
     at = time.monotonic()
@@ -175,14 +181,11 @@ def test_the_work_of_a_killed_runner_comes_back_within_the_lease_time(daemons, i
 
 def test_a_restarted_runner_does_not_wait_for_its_own_lease(daemons, rabbitmq, work: Work):
     work.publish(rabbitmq)
-    daemon = serve(daemons, rabbitmq, work, "--rmq-lease=600")
-    daemon.kill()
-    # Handed over at once: it has been delivered before.
-    with rabbitmq.channel() as channel:
+    with rabbitmq.channel() as channel:  # handed over at once, as it has been delivered before
         method, _, _ = channel.basic_get(work.queue)
         channel.basic_nack(method.delivery_tag, requeue=True)
-    daemon.start()
-    daemon.until(lambda: work.starts and leases(rabbitmq, work))
+    daemon = serve(daemons, rabbitmq, work, "--rmq-lease=600")
+    daemon.until(lambda: leased(daemon, rabbitmq, work))
     daemon.kill()
     daemon.start()
     daemon.until(lambda: work.starts == 2)
@@ -197,7 +200,7 @@ def test_a_restarted_runner_does_not_wait_for_its_own_lease(daemons, rabbitmq, w
 def test_a_runner_that_was_frozen_past_its_lease_stops_its_copy(daemons, impatient, work: Work):
     work.publish(impatient)
     frozen = serve(daemons, impatient, work, "--rmq-lease=6")
-    frozen.until(lambda: work.starts and leases(impatient, work))
+    frozen.until(lambda: leased(frozen, impatient, work))
     other = serve(daemons, impatient, work, "--rmq-lease=6")
     frozen.signal(signal.SIGSTOP)
     try:
@@ -221,7 +224,7 @@ def test_a_runner_that_was_frozen_past_its_lease_stops_its_copy(daemons, impatie
 def test_a_runner_that_was_frozen_alone_runs_it_again(daemons, impatient, work: Work):
     work.publish(impatient)
     daemon = serve(daemons, impatient, work, "--rmq-lease=5")
-    daemon.until(lambda: work.starts and leases(impatient, work))
+    daemon.until(lambda: leased(daemon, impatient, work))
     daemon.signal(signal.SIGSTOP)
     try:
         daemon.until(lambda: depth(impatient, work.queue) == 1)
@@ -237,7 +240,7 @@ def test_a_runner_that_was_frozen_alone_runs_it_again(daemons, impatient, work: 
 def test_deleting_the_queue_of_a_leased_run_cancels_it(daemons, rabbitmq, work: Work):
     work.publish(rabbitmq, durable=False)
     daemon = serve(daemons, rabbitmq, work, "--rmq-lease=4")
-    daemon.until(lambda: work.starts and leases(rabbitmq, work))
+    daemon.until(lambda: leased(daemon, rabbitmq, work))
     rabbitmq.delete(work.queue)
     daemon.until(lambda: not daemon.get("/api/runs")["running"], 90)
     settled(daemon, rabbitmq, work)
@@ -255,7 +258,7 @@ def test_a_broker_restart_during_a_lease_loses_and_repeats_nothing(daemons, own_
         daemon.until(lambda: work.starts)
         lost = "the message of a run in progress was lost; the run goes on and waits for it"
         daemon.until(lambda: own_rabbitmq.close_connections() and daemon.log(lost))
-    daemon.until(lambda: work.starts and leases(own_rabbitmq, work))
+    daemon.until(lambda: leased(daemon, own_rabbitmq, work))
     own_rabbitmq.restart()
     if lease == "4":  # it has run out meanwhile: the message is back, and still its run's
         daemon.until(lambda: daemon.log("adopted the redelivered message of a run in progress"))
@@ -290,7 +293,7 @@ def test_without_the_permission_a_long_run_is_adopted_time_and_again(daemons, im
 def test_a_drained_runner_gives_its_leased_message_back_uncounted(daemons, rabbitmq, work: Work):
     work.publish(rabbitmq)
     daemon = serve(daemons, rabbitmq, work, "--rmq-lease=4", "--grace=0s")
-    daemon.until(lambda: work.starts and leases(rabbitmq, work))
+    daemon.until(lambda: leased(daemon, rabbitmq, work))
     assert daemon.stop() == 0
     assert depth(rabbitmq, work.queue) == 1
     assert not leases(rabbitmq, work)
