@@ -4,12 +4,37 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Awaitable, Callable, Mapping
     from contextlib import AbstractAsyncContextManager
     from pathlib import Path
+
+    from runner.process.base import ProcessExit
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Image:
+    """The container image that a run asks for: a reference, or a file that was staged as an artifact."""
+
+    engine: Literal["docker", "singularity"]
+    reference: str = (
+        ""  #: as the message has it: "python:3.11", "docker://python:3.11", "dockerhub://tensorflow/..."
+    )
+    file: Path | None = (
+        None  #: the image itself (SIF, simg, an archive that `docker load` takes); then no reference
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What of the machine the run may use; 0 is no limit."""
+
+    cpus: int = 0
+    ram_bytes: int = 0
+    hdd_bytes: int = 0
+    gpus: tuple[str, ...] = ()  #: UUIDs of the cards granted
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,13 +45,16 @@ class RunSpec:
         Path  #: this run's own directory, private, removed after the run; executors may use `<run_dir>/env`
     )
     workspace: Path  #: the working directory of the program; staged before `prepare` is called
-    filename: str  #: the script, relative to the workspace; "-m" runs the module named by the first argument
+    #: The script, relative to the workspace; "-m" runs the module named by the first argument; None: the image's own program.
+    filename: str | None
     args: tuple[str, ...] = ()
     env: Mapping[str, str] = dataclasses.field(default_factory=dict)  #: the workload's complete environment
     python: str | None = None  #: "3", "3.11", "3.11.7" or None: any
     requirements: tuple[str, ...] = ()  #: `pythonenv` lines, as the message has them
     extra_requirements: tuple[str, ...] = ()  #: `config.pip` lines, installed after the former
     gpus: bool = False  #: whether cards were granted (tensorflow becomes tensorflow-gpu, INTEROP.md 3.10)
+    image: Image | None = None  #: None: on the host
+    limits: Limits = Limits()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +66,11 @@ class Prepared:
     facts: Mapping[str, object] = dataclasses.field(
         default_factory=dict
     )  #: for the metadata document: interpreter, cache hit, ...
+    #: Run by the run's supervisor when the program has ended, also when the daemon is gone: it ends what the program has
+    #: started outside of its own processes (a container). An argument list; empty: there is nothing of that kind.
+    cleanup: tuple[str, ...] = ()
+    #: Where the program is only a client of what really ran: what became of that, asked once, when the program has ended.
+    verdict: Callable[[ProcessExit], Awaitable[ProcessExit]] | None = None
 
 
 class Executor(abc.ABC):

@@ -69,6 +69,8 @@ class VenvExecutor(Executor):
 
 def _program(spec: RunSpec) -> tuple[str, ...]:
     """What follows `python`. A script that is missing is left to Python to report; one outside is refused."""
+    if spec.filename is None:
+        raise errors.UnsupportedRequest("the message names no program, and no container image that has one")
     if any("\0" in part for part in (spec.filename, *spec.args)):
         raise errors.UnsupportedRequest("the command line of the experiment holds a NUL character")
     if spec.filename == "-m":

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from runner import errors
-from runner.executors.base import RunSpec
+from runner.executors.base import Limits, RunSpec
 from runner.experiment import environ
 from runner.experiment.artifacts import Artifacts
 from runner.experiment.cancel import Cancellation
@@ -210,8 +210,6 @@ class Experiment:
         if (expired := self._expired()) is not None:
             return expired
         self._enter("environment")
-        if self.request.filename is None:
-            raise errors.UnsupportedRequest("the message names no program; containers are not supported yet")
         spec = RunSpec(
             run_dir=self.workspace.root,
             workspace=self.workspace.workspace,
@@ -223,7 +221,7 @@ class Experiment:
             python=self.request.python,
             requirements=self.request.requirements,
             extra_requirements=self.request.extra_requirements,
-            gpus=False,
+            limits=_limits(self._granted),
         )
         async with self._tools.executor.prepare(spec, self.workspace.builder_log) as prepared:
             if (expired := self._expired()) is not None:
@@ -234,13 +232,19 @@ class Experiment:
         self._enter("running")
         self._record.running(prepared.facts)
         command = Command(
-            argv=prepared.argv, env=prepared.env, cwd=self.workspace.workspace, output=self.workspace.output
+            argv=prepared.argv,
+            env=prepared.env,
+            cwd=self.workspace.workspace,
+            output=self.workspace.output,
+            cleanup=prepared.cleanup,
         )
         async with self._results.checkpointing(), self._cancellable(), self._limited():
             self._process = await self._tools.spawner.start(command)
             if self._stopping is not None:  # asked for while it was being started
                 self.stop(*self._stopping)
             ended = await self._wait(self._process)
+        if prepared.verdict is not None and not ended.stopped:
+            ended = await prepared.verdict(ended)
         self._record.ended(ended)
         if ended.stopped:  # without a reason: everything is being closed
             return Outcome.of_stop(*self._stopping or (errors.Reason.DRAINED, "the runner ended"))
@@ -368,6 +372,12 @@ class Experiment:
             except OSError as exc:
                 log.warning("the run has no log of its own", error=str(exc))
             yield
+
+
+def _limits(granted: Resources | None) -> Limits:
+    if granted is None:
+        return Limits()
+    return Limits(cpus=granted.cpus, ram_bytes=granted.ram_bytes, hdd_bytes=granted.hdd_bytes)
 
 
 def _closing_line(workspace: Workspace, line: str) -> None:

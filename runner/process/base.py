@@ -21,6 +21,9 @@ class Command:
     grace_secs: float = (
         10.0  #: between TERM and KILL when the daemon vanishes, bounded to 3 by the supervisor
     )
+    #: Run by the supervisor, in the workload's environment, when nothing of the workload is left, however it ended and also
+    #: when the daemon is gone; ended itself after some seconds. Empty: nothing.
+    cleanup: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +39,7 @@ class ProcessExit:
     user_secs: float = 0.0
     system_secs: float = 0.0
     max_rss_bytes: int = 0  #: of the largest single process
+    oom: str = ""  #: it ran out of memory: the figures, for a person
 
     @property
     def ok(self) -> bool:

@@ -33,7 +33,7 @@ class ThisPython(Executor):
 
     @contextlib.asynccontextmanager
     async def prepare(self, spec: RunSpec, log: Path) -> AsyncIterator[Prepared]:
-        yield Prepared(argv=(sys.executable, spec.filename, *spec.args), env=spec.env)
+        yield Prepared(argv=(sys.executable, spec.filename or "", *spec.args), env=spec.env)
 
 
 class Daemon:
