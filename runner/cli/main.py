@@ -22,6 +22,7 @@ VERBS: dict[str, str] = {
     "submit": "runner.cli.submit",
     "dlq": "runner.cli.dlq",
     "explain": "runner.cli.explain",
+    "doctor": "runner.cli.doctor",
     "version": "runner.cli.version",
 }
 #: `runner ARGS` is `studio-runner serve ARGS`, for drop-in use.
