@@ -17,6 +17,7 @@ from uuid import uuid4
 
 from runner import errors
 from runner.queues import base, sqs_account
+from runner.queues.sqs_access import clock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -92,6 +93,9 @@ class Service:
         self._making = threading.Lock()
         self._clients: tuple[Any, Any] | None = None
         self._urls: dict[str, str] = {}
+        self.filled: dict[
+            str, float
+        ] = {}  #: queue -> when a message last became visible in it by us (`clock`)
 
     def names(self) -> list[str]:
         """Every queue of the account; a request per thousand."""
@@ -141,6 +145,8 @@ class Service:
                 QueueUrl=url, ReceiptHandle=handle, VisibilityTimeout=math.ceil(secs)
             )
         self._checked(answer)
+        if secs <= 0:
+            self.filled[name] = clock()
 
     def delete(self, name: str, handle: str) -> None:
         """Remove the message. Raises `HoldLost` where SQS says so; standard queues do not tell of an old handle."""
@@ -176,6 +182,7 @@ class Service:
         with self._translated(name, sending=True):
             answer = self._once().send_message(QueueUrl=url, MessageBody=body, **more)
         self._checked(answer, "MessageId")
+        self.filled[name] = clock()
 
     def close(self) -> None:
         """Close the idle connections. Calls under way end by themselves."""

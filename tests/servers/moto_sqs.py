@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+import uuid
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -64,6 +65,23 @@ class SqsServer:
 
     def held(self, name: str) -> int:
         return self._count(name, "ApproximateNumberOfMessagesNotVisible")
+
+    def send(self, name: str, body: bytes) -> None:
+        """As a StudioML client; on a FIFO queue, which it does not know, in one group."""
+        more = {"MessageGroupId": "theirs", "MessageDeduplicationId": uuid.uuid4().hex}
+        self.admin.send_message(
+            QueueUrl=self.of(name), MessageBody=body.decode(), **more if name.endswith(".fifo") else {}
+        )
+
+    def drop_account(self, folder: Path) -> None:
+        """AWS's two files, side by side, as an operator drops them into `--certs-dir`. It appears whole."""
+        made = folder.with_name(f".{folder.name}")
+        made.mkdir(parents=True)
+        (made / "credentials").write_text(
+            f"[default]\naws_access_key_id = {self.user.access_key}\naws_secret_access_key = {self.user.secret_key}\n"
+        )
+        (made / "config").write_text(f"[default]\nregion = {REGION}\nendpoint_url = {self.url}\n")
+        made.rename(folder)
 
     def clear(self) -> None:
         """Delete every queue."""
