@@ -93,12 +93,8 @@ class Runs:
         interrupted: Iterable[RunState],
         endpoints: Endpoints,
         unrecorded: Callable[[RunState], None],
-        changed: Callable[[], None],
     ) -> None:
-        """`undelivered` and `interrupted`: what earlier daemons left (`runstate.sweep`). `unrecorded` takes runs whose documents are to be ended later.
-
-        `changed` is called when something may have opened or closed a queue.
-        """
+        """`undelivered` and `interrupted`: what earlier daemons left (`runstate.sweep`). `unrecorded` takes runs whose documents are to be ended later."""
         self._config = config
         self._tools = tools
         self._ledger = ledger
@@ -107,7 +103,6 @@ class Runs:
         self._shared = {state.key for state in (*self._undelivered, *interrupted) if state.shared}
         self._endpoints = endpoints
         self._unrecorded = unrecorded
-        self._changed = changed
         self._active: dict[str, Active] = {}
         self.settler = Settler(
             config=config,
@@ -116,7 +111,6 @@ class Runs:
             dead_letters=dead_letters,
             endpoints=endpoints,
             others=self._others,
-            changed=changed,
         )
         self.recent = self.settler.recent
         self.started_total = 0
@@ -306,7 +300,7 @@ class Runs:
                 self._active.pop(active.state.run_id, None)
                 if not self._active:
                     self.idle_since = time.monotonic()
-                self._changed()
+                active.queue.changed()
             self._tools.metrics.experiment_finished(
                 _labels(active), status=outcome.status, reason=outcome.reason
             )
@@ -323,7 +317,7 @@ class Runs:
                 if delivery.superseded:
                     self._supersede(active)
                     return
-                self._changed()
+                active.queue.changed()
                 await asyncio.sleep(LOSS_SECS)
 
     def _supersede(self, active: Active) -> None:
@@ -419,7 +413,7 @@ class Runs:
         return outcome, None
 
     def _away(self, active: Active, exc: errors.Unreachable) -> None:
-        active.queue.endpoint = exc.endpoint
+        active.queue.wants(exc.endpoint)
         self._endpoints.lost(exc.endpoint, lambda: active.experiment.answers(exc.endpoint))
 
     def stop_all(self, reason: errors.Reason, text: str, grace_secs: float) -> None:
