@@ -25,6 +25,7 @@ from runner.queues import (
     rabbitmq_consumer,
     rabbitmq_leases,
     rabbitmq_management,
+    rabbitmq_places,
     rabbitmq_publishing,
 )
 
@@ -51,11 +52,13 @@ class RabbitmqBackend(base.QueueBackend):
         account: str | None = None,
         lease: config.RmqLease | None = LEASE,
         owner: str | None = None,
+        standing: int = rabbitmq_places.STANDING,
     ) -> None:
         """`owner` names this daemon in leases, the same after a restart; without `lease` messages are held by channels only.
 
         `url` is amqp or amqps with pika's parameters in its query, credentials percent-encoded once.
 
+        Of `standing` queues at the most it has a consumer at a time; others are watched (docs/performance.md).
         `management_url` defaults to port 15672 (15671 with TLS) of the same host, and to the same credentials.
         Raises `errors.UsageError`, without the URL in its text.
         """
@@ -73,6 +76,8 @@ class RabbitmqBackend(base.QueueBackend):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._consuming: dict[str, rabbitmq_connection.Link] = {}
         self._publishing: dict[str, rabbitmq_publishing.Publisher] = {}
+        self._gates: dict[rabbitmq_connection.Link, asyncio.Semaphore] = {}
+        self._places = rabbitmq_places.Places(standing, self._management.ready)
         self._consumers: set[rabbitmq_consumer.RabbitmqConsumer] = set()
         self._durable: dict[base.QueueRef, bool] = {}
         self._quorum: set[tuple[str, str]] = set()
@@ -91,6 +96,7 @@ class RabbitmqBackend(base.QueueBackend):
         """Close the connections, which gives back what is still held, and end the thread."""
         for task in self._learning:
             task.cancel()
+        await self._places.aclose()
         for consumer in tuple(self._consumers):
             consumer.fail(self._unavailable("the account was closed"))
         for leases in self._leases.values():
@@ -109,11 +115,15 @@ class RabbitmqBackend(base.QueueBackend):
         ]
 
     async def consumer(self, queue: base.QueueRef) -> rabbitmq_consumer.RabbitmqConsumer:
-        """As the contract says; it gets a channel of its own at its first `next`."""
+        """As the contract says; it gets a channel of its own at its first `next`, or when its queue has messages."""
+        link = self._consuming_link(queue.vhost)
         consumer = rabbitmq_consumer.RabbitmqConsumer(
             queue,
             self._crossing(),
-            self._consuming_link(queue.vhost),
+            link,
+            self._gates.setdefault(link, asyncio.Semaphore(rabbitmq_channels.OPENING_AT_ONCE)),
+            places=self._places,
+            key=(queue.vhost or self._parameters.virtual_host, queue.name),
             leases=self._leases_of(queue.vhost),
             is_quorum=functools.partial(self._is_quorum, queue.vhost),
             on_first=self._learn_soon,

@@ -69,6 +69,17 @@ class Management:
         status, body = await self._get("/api/bindings")
         return await asyncio.to_thread(_work_queues, self._answer(status, body))
 
+    async def ready(self) -> dict[tuple[str, str], int | None]:
+        """How many messages wait in each (vhost, queue) there is, some seconds ago; None where that is not told.
+
+        One request whatever the number of vhosts and queues. Raises `errors.QueueUnavailable`.
+        """
+        # Without the statistics it costs the broker half; brokers that do not know these words ignore them.
+        status, body = await self._get(
+            "/api/queues?disable_stats=true&enable_queue_totals=true&columns=vhost,name,messages_ready"
+        )
+        return await asyncio.to_thread(_ready, self._answer(status, body))
+
     async def queue(self, vhost: str, queue: str) -> QueueFacts | None:
         """What kind of queue that is; None when there is no such queue. Raises `errors.QueueUnavailable`."""
         path = "/".join(urllib.parse.quote(part, safe="") for part in (vhost, queue))
@@ -134,17 +145,26 @@ def bracket(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def _work_queues(body: bytes) -> list[tuple[str, str]]:
+def _list(body: bytes) -> list[Any]:
     try:
-        bindings = orjson.loads(body)
+        found = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise errors.QueueUnavailable(f"the management API's answer is not JSON: {error}") from error
-    found = (
-        {work for binding in bindings if (work := _work_queue(binding))}
-        if isinstance(bindings, list)
-        else set()
-    )
-    return sorted(found)
+    return found if isinstance(found, list) else []
+
+
+def _work_queues(body: bytes) -> list[tuple[str, str]]:
+    return sorted({work for binding in _list(body) if (work := _work_queue(binding))})
+
+
+def _ready(body: bytes) -> dict[tuple[str, str], int | None]:
+    found: dict[tuple[str, str], int | None] = {}
+    for queue in _list(body):
+        if isinstance(queue, dict):
+            ready = queue.get("messages_ready")
+            key = str(queue.get("vhost")), str(queue.get("name"))
+            found[key] = ready if isinstance(ready, int) else None
+    return found
 
 
 def _work_queue(binding: Any) -> tuple[str, str] | None:
