@@ -53,6 +53,10 @@ def until_over(daemon: Daemon, secs: float) -> None:
 def ran_once(daemon: Daemon, server: RabbitmqServer, work: Work) -> None:
     """One start, one document, its results; and nothing of its message is left anywhere."""
     settled(daemon, server, work)
+    completed_once(daemon, work)
+
+
+def completed_once(daemon: Daemon, work: Work) -> None:
     assert (work.starts, work.statuses()) == (1, ["completed"])
     assert work.output() == "begun\ndone\n"
     assert work.documents()[0]["runner"]["attempt"] == 1
@@ -219,19 +223,18 @@ def test_a_broker_that_is_away_for_longer_than_every_patience(
 ):
     """Than heartbeats (2 s), the lease (12 s), all pauses between retries (30 s); and one of the queues is lost with it."""
     broker = own_rabbitmq
-    leased, transient = Work(tmp_path / "leased"), Work(tmp_path / "transient")
-    leased.publish(broker)
+    durable, transient = Work(tmp_path / "durable"), Work(tmp_path / "transient")
+    durable.publish(broker)
     transient.publish(broker, durable=False)
     daemon = serve(
         daemons,
         broker,
-        leased,
+        durable,
         transient,
         options=("--rmq-lease=12",),
         AMQP_URL=broker.url(query=f"?heartbeat={HEARTBEAT_SECS}"),
     )
-    for one in (leased, transient):
-        daemon.until(lambda one=one: one.starts and leases(broker, one))  # type: ignore[misc]
+    daemon.until(lambda: len(daemon.log("a message is held by its lease from now on")) == 2)
     broker.stop()
     until_over(daemon, 60)
     assert unready(daemon)
@@ -240,9 +243,11 @@ def test_a_broker_that_is_away_for_longer_than_every_patience(
     daemon.until(lambda: daemon.log(ADOPTED))
     until_over(daemon, 40)  # the lost queue is looked for twice, and cancels nothing
     assert len(daemon.get("/api/runs")["running"]) == 2
-    for one in (leased, transient):
+    for one in (durable, transient):
         one.end()
-    for one in (leased, transient):
-        ran_once(daemon, broker, one)
-    serves_again(daemon, broker, leased, "next")
+    ran_once(daemon, broker, durable)
+    completed_once(daemon, transient)
+    assert depth(broker, transient.queue) is None
+    assert not daemon.log("acknowledged a second copy of a message that runs here")
+    serves_again(daemon, broker, durable, "next")
     assert daemon.stop() == 0
