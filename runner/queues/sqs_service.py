@@ -90,8 +90,9 @@ class Service:
         self._call_secs = call_secs
         self._poll_secs = poll_secs
         self._at_once = at_once
-        self._making = threading.Lock()
+        self._making = threading.RLock()
         self._clients: tuple[Any, Any] | None = None
+        self._written: object = None  #: of the files that the clients were made of
         self._urls: dict[str, str] = {}
         self.filled: dict[
             str, float
@@ -99,7 +100,12 @@ class Service:
 
     def names(self) -> list[str]:
         """Every queue of the account; a request per thousand."""
-        return self._names()
+        found = self._names()
+        there = frozenset(found)
+        # Queues come and go for years, with names that never come again.
+        self._urls = {name: url for name, url in self._urls.copy().items() if name in there}
+        self.filled = {name: when for name, when in self.filled.copy().items() if name in there}
+        return found
 
     def is_listed(self, name: str) -> bool:
         """Whether the account's list has a queue of exactly that name."""
@@ -234,6 +240,7 @@ class Service:
                 # They tell every request, headers and session token included, at "debug".
                 logging.getLogger("botocore").setLevel(logging.WARNING)
                 with self._translated(""):
+                    self._written = self._now_written()
                     connector = sqs_account.Connector(self._account)
                     common: Mapping[str, Any] = {
                         "connect_timeout": _CONNECT_SECS,
@@ -254,6 +261,19 @@ class Service:
                     )
             return self._clients
 
+    def _now_written(self) -> object:
+        return self._account.profile.written() if self._account.profile else None
+
+    def _read_again(self) -> None:
+        """The next call reads the account's files, if they are others by now: keys are rotated while messages are held.
+
+        Files that are gone leave what was read: the account was removed, and its runs go on to their end.
+        """
+        now = self._now_written()
+        with self._making:
+            if now is not None and now != self._written:
+                self._clients = None
+
     @contextlib.contextmanager
     def _translated(self, queue: str, *, sending: bool = False) -> Iterator[None]:
         from botocore import exceptions
@@ -264,6 +284,8 @@ class Service:
             code, said = _told(error.response.get("Error", {}))
             if code in _GONE:
                 self._urls.pop(queue, None)
+            elif code in _REFUSED:
+                self._read_again()
             raise self._meaning(
                 code,
                 said,
@@ -272,6 +294,7 @@ class Service:
                 sending=sending,
             ) from error
         except (exceptions.NoCredentialsError, exceptions.PartialCredentialsError) as error:
+            self._read_again()
             raise self._refused("there is no complete access key in its credentials") from error
         except exceptions.ProfileNotFound as error:
             raise self._refused(f"its files have no profile {self._profile_name()!r}") from error
@@ -300,6 +323,8 @@ class Service:
             return self._refused(f"{_REFUSED[code]} ({code})")
         if code in _DENIED:
             return self._refused(f"these credentials do not allow it: {said}")
+        if code.lower().startswith("kms") and "throttl" not in code.lower():
+            return self._refused(f"the key that encrypts {queue} cannot be used: {said} ({code})")
         return self._unavailable(f"{code or 'no reason given'} (status {status}) {said}")
 
     def _profile_name(self) -> str:
