@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -38,9 +39,10 @@ time.sleep(600)
 
 def put(daemon: Daemon, queue: str, body: bytes) -> None:
     (daemon.queue_root / queue).mkdir(exist_ok=True)
-    hidden = daemon.queue_root / queue / ".m"
+    name = uuid.uuid4().hex
+    hidden = daemon.queue_root / queue / f".{name}"
     hidden.write_bytes(body)
-    hidden.rename(hidden.with_name("m"))
+    hidden.rename(hidden.with_name(name))
 
 
 def put_killer(daemon: Daemon, starts: pathlib.Path, which: int) -> None:
@@ -123,7 +125,7 @@ def test_one_that_kills_the_daemon_is_dead_lettered_and_others_are_served(daemon
     daemon.until(lambda: not daemon.waiting("local_killer"))
     for number in (1, 2, 3):
         daemon.until(
-            lambda number=number: "completed" in dict(outcomes(daemon, f"other{number}")).values()  # type: ignore[misc]
+            lambda number=number: "completed" in [how for _, how in outcomes(daemon, f"other{number}")]  # type: ignore[misc]
         )
     daemon.until(
         lambda: outcomes(daemon, "killer") == [(1, "failed"), (2, "failed"), (3, "failed")]
