@@ -8,7 +8,7 @@ import pytest
 
 from runner.config import RmqLease
 from runner.queues import base, rabbitmq_channels
-from tests.service.rabbitmq_kit import LIMIT, name, ref, take
+from tests.service.rabbitmq_kit import LIMIT, name, ref, take, until
 from tests.service.rabbitmq_lease_kit import (
     ARGUMENTS,
     LONG,
@@ -346,6 +346,26 @@ async def test_what_is_short_of_its_limit_is_handed_over_sooner(rabbitmq, name):
 )
 def test_brokers_that_heed_it_are_asked_for_more_time(version, quorum, passed):
     assert bool(rabbitmq_channels.consume_arguments(version, quorum=quorum)) == passed
+
+
+async def test_the_time_that_is_asked_for_reaches_the_broker(rabbitmq, name, monkeypatch):
+    """As if this broker were one that heeds it."""
+    monkeypatch.setattr(rabbitmq_channels, "CONSUMER_TIMEOUT_FROM", (3,))
+    rabbitmq.declare(name, durable=True, arguments=ARGUMENTS["quorum"])
+    rabbitmq.publish(name, b"1", persistent=True)
+
+    def asked() -> list[object]:
+        consumers = rabbitmq.api("GET", "/api/consumers/%2F")[1]
+        return [each["arguments"] for each in consumers if each["queue"]["name"] == name]
+
+    async with host(rabbitmq) as one:
+        consumer = await one.backend.consumer(ref(one.backend, name))
+        assert await (await take(consumer)).ack()
+        await until(lambda: one.backend._is_quorum("/", name))  # which is asked for beside the first message
+        waiting = asyncio.create_task(consumer.next())
+        await until(lambda: asked() == [{"x-consumer-timeout": rabbitmq_channels.CONSUMER_TIMEOUT_MS}])
+        rabbitmq.publish(name, b"2", persistent=True)
+        assert await (await asyncio.wait_for(waiting, LIMIT)).ack()
 
 
 async def test_the_version_of_the_broker_is_known(rabbitmq, name):
