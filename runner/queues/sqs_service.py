@@ -37,6 +37,7 @@ _LOST = frozenset(
 )
 _INVALID = frozenset({"InvalidMessageContents", "InvalidParameterValue", "MissingParameter"})
 _TOO_LONG = "beyond the limit"  # 12 hours; told as InvalidParameterValue
+_NO_MESSAGE = "not available for visibility"  # purged, or its retention is over; told as that, too
 _REFUSED = {
     "InvalidClientTokenId": "AWS does not know this access key",
     "InvalidAccessKeyId": "AWS does not know this access key",
@@ -315,7 +316,7 @@ class Service:
         if code in _INVALID:
             if _TOO_LONG in said:
                 return HoldAtItsEnd(queue)
-            if "expired" in said:  # the receipt handle
+            if "expired" in said or _NO_MESSAGE in said:  # the receipt handle; its message
                 return HoldLost(queue)
             if sending:
                 return errors.MalformedMessage(f"SQS does not take this message for {queue}: {said}")

@@ -231,6 +231,14 @@ async def test_every_answer_that_is_no_help_is_unavailability_without_secrets(an
             fault(
                 400,
                 "InvalidParameterValue",
+                "Reason: Message does not exist or is not available for visibility timeout change.",
+            ),
+            sqs_service.HoldLost,
+        ),
+        (
+            fault(
+                400,
+                "InvalidParameterValue",
                 "Total VisibilityTimeout for the message is beyond the limit [43200 seconds]",
             ),
             sqs_service.HoldAtItsEnd,
