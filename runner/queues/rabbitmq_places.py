@@ -24,10 +24,8 @@ log = structlog.get_logger(__name__)
 
 #: How many queues of an account have a consumer at a time.
 STANDING = 500
-#: How often the counts of the others are asked for, at least; the broker itself brings them up to date every 5 s.
+#: How long after an answer the counts of the others are asked for again.
 LOOK_SECS = 5.0
-#: An answer that takes long is a burden: asked again after so many times as long as it took.
-LOOK_SHARE = 10.0
 #: How soon the first look follows the first queue that finds no place: others of the same discovery are on their way.
 FIRST_LOOK_SECS = 0.5
 #: How long a queue with messages keeps a place that gives it none (its consumer was not asked) while others wait for one.
@@ -73,6 +71,11 @@ class Places:
         self._failures = 0
         self._task: asyncio.Task[None] | None = None
 
+    @property
+    def looking(self) -> bool:
+        """Whether `count` is asked again within the next seconds, and has answered the last time."""
+        return bool(self._watched) and not self._failures
+
     def ask(self, seeker: Seeker) -> bool:
         """Whether it has a place, from now on if one is free. If not, its queue is watched, and `placed` may follow."""
         if seeker in self._placed:
@@ -117,13 +120,12 @@ class Places:
         wait = FIRST_LOOK_SECS
         while True:
             await asyncio.sleep(wait)
-            began = time.monotonic()
+            wait = LOOK_SECS
             try:
                 if self._watched:  # else nobody has asked in vain
                     await self._look()
             except Exception:  # nobody else would serve the watched
                 log.exception("queues cannot be watched")
-            wait = max(LOOK_SECS, LOOK_SHARE * (time.monotonic() - began))
 
     async def _look(self) -> None:
         try:

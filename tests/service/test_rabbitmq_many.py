@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from runner.queues import base, rabbitmq_channels, rabbitmq_connection, rabbitmq_places
+from runner.queues import base, rabbitmq_channels, rabbitmq_connection, rabbitmq_management, rabbitmq_places
 from runner.queues.rabbitmq import RabbitmqBackend
 from tests.service.rabbitmq_kit import LIMIT, consuming, name, ref, take, through, until, wire
 
@@ -116,6 +116,26 @@ async def test_a_queue_beyond_the_bound_is_served_and_then_pushed_to(
         await consuming(rabbitmq, late)  # it has kept its place: pushed to, before any count tells
         await until(lambda: len(standing(rabbitmq, names)) == STANDING)
         waiting[late] = again
+
+
+async def test_one_request_tells_what_kind_all_queues_are(
+    rabbitmq: RabbitmqServer, names: list[str], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def never(*_: object) -> None:
+        pytest.fail("a request for a single queue")
+
+    monkeypatch.setattr(rabbitmq_management.Management, "queue", never)
+    durable = f"{name}_durable"
+    rabbitmq.declare(durable, durable=True)
+    async with (
+        few_places(rabbitmq.amqp_url, rabbitmq.management_url) as one,
+        all_waiting(one, [*names, durable]) as waiting,
+    ):
+        for queue in (durable, names[-1]):
+            rabbitmq.publish(queue, b"1")
+            assert await (await asyncio.wait_for(waiting.pop(queue), LIMIT)).ack()
+        await until(lambda: one._durable == {ref(one, durable): True, ref(one, names[-1]): False})
+    rabbitmq.delete(durable)
 
 
 async def test_none_starves_when_all_have_messages(rabbitmq: RabbitmqServer, names: list[str]) -> None:
