@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tests.servers.daemon import Daemon
 
 #: Until SQS or Pub/Sub hand a message out again that nobody renews, the poll that it came with included.
-HOLD_SECS = 8
+HOLD_SECS = 10
 _SCRIPT = f"""#!{sys.executable}
 import functools, sys
 from runner.cli import main
@@ -53,6 +53,12 @@ def running(daemon: Daemon, key: str) -> dict[str, Any] | None:
 def done(daemon: Daemon, key: str) -> list[dict[str, Any]]:
     """The ended runs of that experiment, of this process of the daemon."""
     return [run for run in daemon.get("/api/runs")["recent"] if run["experiment"] == key]
+
+
+def lost(daemon: Daemon, key: str) -> bool:
+    """Whether a run of that experiment has lost its message for a while: a run that adopts it again looks like one that held it."""
+    records = daemon.log("the message of a run in progress was lost; the run goes on and waits for it")
+    return any(record["experiment"] == key for record in records)
 
 
 def documents(storage: pathlib.Path, key: str) -> list[dict[str, Any]]:

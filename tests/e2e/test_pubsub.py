@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.e2e import messages
-from tests.e2e.hasty import HOLD_SECS, documents, done, hasty, running
+from tests.e2e.hasty import HOLD_SECS, documents, done, hasty, lost, running
 from tests.servers.daemon import PROGRAM, clean_environment
 from tests.servers.pubsub import PubsubServer
 
@@ -62,6 +62,7 @@ def test_one_queue_is_deleted_and_the_run_of_another_outlives_its_deadline_and_r
     assert server.ready("pubsub_a_2") + server.held("pubsub_a_2") == 0
     assert len(documents(daemon.storage, "stays")) == 1
     assert daemon.stop() == 0
+    assert not lost(daemon, "stays")
 
 
 @pytest.mark.usefixtures("hasty")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.e2e import messages
-from tests.e2e.hasty import HOLD_SECS, documents, done, hasty, running
+from tests.e2e.hasty import HOLD_SECS, documents, done, hasty, lost, running
 
 if TYPE_CHECKING:
     import pathlib
@@ -55,7 +55,7 @@ def test_one_queue_is_deleted_and_the_run_of_another_outlives_its_receipt_and_ru
     assert server.depth("sqs_a_2.fifo") + server.held("sqs_a_2.fifo") == 0
     assert len(documents(daemon.storage, "stays")) == 1
     assert daemon.stop() == 0
-    assert not daemon.log("a message is not held any more")
+    assert not lost(daemon, "stays")
 
 
 def test_a_killed_daemon_costs_an_attempt_and_a_drained_one_none(daemons, server: SqsServer, tmp_path):
