@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from tests.servers.daemon import Daemon, MakeDaemon
 
+pytestmark = pytest.mark.timeout(300)  # several starts of a daemon, on a machine that may be busy
+
 #: Writes down that it has started, finds its ancestors up to the daemon (never further), kills one of them, and stays.
 KILLER = """
 import os, pathlib, signal, time
