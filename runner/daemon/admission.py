@@ -63,25 +63,22 @@ class Admission:
                 room.release()
 
     async def adopt(self, state: QueueState, delivery: Delivery) -> bool:
-        """While draining: only what a run in progress has lost is taken; anything else goes back. Whether it was that."""
-        try:
-            twins = self._runs.find(state, delivery.digest)
-            if delivery.redelivered and any(active.delivery.lost.is_set() for active in twins):
-                return await self._runs.adopt(twins, delivery)
-        except BaseException:
-            if not self._runs.holds(delivery):
-                await self._put_back(delivery)
-            raise
-        await self._put_back(delivery)
-        return False
+        """Whether a run in progress had lost that message, and has it again. Nothing else is taken."""
+        twins = self._runs.find(state, delivery.digest)
+        lost = any(active.delivery.lost.is_set() for active in twins)
+        return delivery.redelivered and lost and await self._runs.adopt(twins, delivery)
+
+    async def release(self, delivery: Delivery) -> None:
+        """Put back what no run has adopted."""
+        if not self._runs.holds(delivery):
+            await self._put_back(delivery)
 
     async def _guarded(self, state: QueueState, delivery: Delivery, work: Awaitable[None]) -> None:
         """`work`, which is to end the delivery or to hand it on; whatever goes wrong there, it is not left without an end."""
         try:
             await work
         except asyncio.CancelledError:
-            if not self._runs.holds(delivery):
-                await self._put_back(delivery)
+            await self.release(delivery)
             raise
         except OSError as exc:
             wait = state.back_off(f"this host cannot start an experiment: {exc}")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from runner import errors
+from runner.daemon import queuestate
 from runner.daemon.admission import Admission
 from runner.daemon.gates import Gates
 from runner.daemon.queuestate import MAX_PARKED, QueueState
@@ -90,13 +91,14 @@ class Dispatcher:
         self._room = None
         self._gates.notify()
 
+    def _changed(self, state: QueueState) -> None:
+        self._gates.changed(state, needs_room=not self._returns(state) and not self._orphaned(state))
+
     def serve(self, ref: QueueRef, backend: QueueBackend) -> None:
         """A queue was discovered: take work from it."""
         if self._draining or ref in self._workers:
             return
-        state = self._queues.setdefault(
-            ref, QueueState(ref=ref, backend=backend, on_change=self._gates.changed)
-        )
+        state = self._queues.setdefault(ref, QueueState(ref=ref, backend=backend, on_change=self._changed))
         state.backend = backend
         self._workers[ref] = asyncio.create_task(self._work(state), name=f"queue {ref}")
 
@@ -129,7 +131,7 @@ class Dispatcher:
             for state in self._queues.values():
                 if state.running:
                     self._workers[state.ref] = asyncio.create_task(
-                        self._work(state), name=f"return {state.ref}"
+                        self._await_returns(state), name=f"return {state.ref}"
                     )
 
     async def watch_existence(self) -> None:
@@ -198,6 +200,10 @@ class Dispatcher:
         what = "1 message is" if len(told) == 1 else f"{len(told)} messages are"
         return f"{what} parked for want of room: {'; '.join(told)}" if told else ""
 
+    def _returns(self, state: QueueState) -> bool:
+        """Whether something that was parked has to be put back."""
+        return any(parked.over for parked in state.parked)
+
     def _orphaned(self, state: QueueState) -> bool:
         return state.running > 0 and self._runs.orphaned(state)
 
@@ -214,7 +220,7 @@ class Dispatcher:
 
     def _wait_for(self, state: QueueState) -> str:
         """Why its worker has to wait. What was put back for want of room is waited for elsewhere, in `_reserved`."""
-        if any(parked.over for parked in state.parked):
+        if self._returns(state):
             return ""
         return self._forbidden(state) or ("" if state.waits_for_room else self._no_room(state))
 
@@ -257,7 +263,7 @@ class Dispatcher:
             for body in self._left_behind.pop(state.ledger_key, ()):
                 await self._opened(state)
                 if (delivery := await state.backend.reclaim(state.ref, body)) is not None:
-                    await self._take(state, delivery)
+                    await self._admission.admit(state, delivery)
             while True:
                 await self._opened(state)
                 await self._admission.give_back(state)
@@ -267,15 +273,43 @@ class Dispatcher:
                     not self.closed_because(state)
                     and (delivery := await self._next(state, consumer)) is not None
                 ):
-                    await self._take(state, delivery)
+                    await self._admission.admit(state, delivery)
         finally:
             await consumer.close()
 
-    async def _take(self, state: QueueState, delivery: Delivery) -> None:
-        if not self._draining:
-            await self._admission.admit(state, delivery)
-        elif not await self._admission.adopt(state, delivery):
-            await asyncio.sleep(RECONSUME_SECS)  # let others have it
+    async def _await_returns(self, state: QueueState) -> None:
+        """While draining: have runs that lose their messages adopt them. Gives up when others are in the way."""
+        while True:
+            await self._opened(state)
+            try:
+                if not await self._find_lost(state):
+                    return
+            except (QueueGone, errors.QueueUnavailable) as exc:
+                log.info("a lost message cannot be asked for", queue=str(state.ref), error=str(exc))
+                await asyncio.sleep(RECONSUME_SECS)
+
+    async def _find_lost(self, state: QueueState) -> bool:
+        """Whether the message that a run has lost was found. Others that come before it are held meanwhile, and put back once."""
+        consumer = await state.backend.consumer(state.ref)
+        others: list[Delivery] = []
+        try:
+            async with asyncio.timeout(None) as limit:
+                while self._orphaned(state) and len(others) <= MAX_PARKED:
+                    delivery = await self._next(state, consumer)
+                    if delivery is None:
+                        continue
+                    others.append(delivery)
+                    if await self._admission.adopt(state, delivery):
+                        others.remove(delivery)
+                    elif len(others) == 1:
+                        limit.reschedule(asyncio.get_running_loop().time() + queuestate.PARK_SECS)
+        except TimeoutError:
+            pass
+        finally:
+            await consumer.close()  # first, or they would come at once
+            for delivery in others:
+                await self._admission.release(delivery)
+        return not self._orphaned(state)
 
     async def _take_into_room(self, state: QueueState, consumer: Consumer) -> None:
         """Wait for the room that a message needs that was put back for want of it; then ask for the message."""
@@ -339,7 +373,7 @@ class Dispatcher:
         """Until the wish is fulfilled, or the queue is not to be asked any more."""
         while not wish.done():
             no_room = await self._gates.closing(state, wish)
-            if self._forbidden(state) or any(parked.over for parked in state.parked):
+            if self._forbidden(state) or self._returns(state):
                 return
             if no_room and self._no_room(state):
                 return

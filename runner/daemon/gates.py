@@ -62,9 +62,10 @@ class Gates:
             self._due = True
             self._loop.call_soon(self._sweep)
 
-    def changed(self, state: QueueState) -> None:
-        """Something has changed that concerns that queue alone."""
-        self._wake([state], by_machine=False)
+    def changed(self, state: QueueState, *, needs_room: bool) -> None:
+        """Something has changed that concerns that queue alone. If it still needs room it stays in line for that."""
+        if not needs_room or state not in self._groups.get((_Kind.CLOSED, state.current_ask()), ()):
+            self._wake([state], by_machine=False)
 
     async def opened(
         self, state: QueueState, ready: Callable[[], bool] | None, timeout_secs: float | None

@@ -74,6 +74,7 @@ class QueueState:
     why: str = ""  #: of the back-off, for people
     failures: int = 0
     running: int = 0
+    holding: int = 0  #: how many of those have a part of the machine
     parked: list[Parked] = dataclasses.field(default_factory=list)
     left: str = ""  #: digest of the message that was left to other hosts last
     on_change: Callable[[QueueState], None] | None = None  #: hears when something here may open or close it
@@ -170,13 +171,17 @@ class QueueState:
     # -- rank
 
     def used(self, core_secs: float) -> None:
-        """It has had that much of this machine."""
-        self._used, self._used_at = self.usage() + core_secs, time.monotonic()
+        """A run of it has had that much of this machine, and has it no more."""
+        self.holding -= 1
+        self._used, self._used_at = self._faded() + core_secs, time.monotonic()
 
     def usage(self) -> float:
-        """How much of this machine it has had lately (core seconds, fading), running ones counted as a minute each."""
+        """How much of this machine it has had lately (core seconds, fading), and a minute for each run that has a part of it."""
+        return self._faded() + 60.0 * self.holding
+
+    def _faded(self) -> float:
         faded: float = self._used * 0.5 ** ((time.monotonic() - self._used_at) / USAGE_HALF_LIFE_SECS)
-        return faded + 60.0 * self.running
+        return faded
 
 
 def keeping(age_secs: float) -> tuple[bool, float]:

@@ -58,6 +58,7 @@ class Active:
     state: RunState
     backend: QueueBackend | None = None  #: that of its delivery; a queue may get another one while it runs
     allocation: Allocation | None = None  #: its part of the machine, until it gives that back
+    since: float = dataclasses.field(default_factory=time.monotonic)
     settling: bool = False  #: its delivery is being ended: what comes again from now on is no copy of it
     task: asyncio.Task[None] | None = None
 
@@ -74,8 +75,10 @@ class Active:
     def release(self) -> None:
         """Give its part of the machine back. Idempotent."""
         if self.allocation is not None:
-            self.allocation.release()
-            self.allocation = None
+            allocation, self.allocation = self.allocation, None
+            # Before it is known who gets it: that depends on what its queue has had.
+            self.queue.used(allocation.amounts.cpus * (time.monotonic() - self.since))
+            allocation.release()
 
 
 class Runs:
@@ -248,6 +251,8 @@ class Runs:
         active.backend = active.queue.backend
         self._active[active.state.run_id] = active
         active.queue.running += 1
+        if active.allocation is not None:
+            active.queue.holding += 1
         added = active.request.time_added
         waited = None if added is None or active.allocation is None else time.time() - added
         self._tools.metrics.experiment_started(_labels(active), wait_secs=waited)
@@ -280,7 +285,6 @@ class Runs:
 
     async def _run(self, active: Active) -> None:
         began = time.monotonic()
-        cores = active.allocation.amounts.cpus if active.allocation is not None else 0
         context = {
             "run": active.state.run_id,
             "queue": str(active.queue.ref),
@@ -296,7 +300,6 @@ class Runs:
                 watch.cancel()
                 active.release()
                 active.queue.running -= 1
-                active.queue.used(cores * (time.monotonic() - began))
                 self._active.pop(active.state.run_id, None)
                 if not self._active:
                     self.idle_since = time.monotonic()
@@ -364,8 +367,7 @@ class Runs:
         elif experiment.unrecorded:
             self._unrecorded(active.state)
         elif not experiment.undelivered:
-            if active.allocation is not None:
-                active.allocation.release()  # the next run need not wait for a directory to be removed
+            active.release()  # the next run need not wait for a directory to be removed
             self._states.remove(active.state.run_id)
             await experiment.discard(keep=self._config.paths.keep_runs)
         return outcome, fate

@@ -156,6 +156,8 @@ class Allocator:
         granted: asyncio.Future[Allocation] = asyncio.get_running_loop().create_future()
         waiter = _Waiter(ask=ask, rank=rank, keeps=keeps, granted=granted)
         self._waiters.append(waiter)
+        if keeps:
+            self._changed()
         ends: set[asyncio.Future[Any]] = {granted} if unless is None else {granted, unless}
         try:
             await asyncio.wait(ends, timeout=timeout_secs, return_when=asyncio.FIRST_COMPLETED)
