@@ -48,4 +48,5 @@ def _state(told: dict[str, Any]) -> str:
     running = f"{told['running']} running; " if told["running"] else ""
     if told["closed_because"]:
         return f"{running}no more is taken: {told['closed_because']}"
-    return f"{running}open, waiting for its next message"
+    parked = f"{told['parked']}; " if told.get("parked") else ""
+    return f"{running}{parked}open, waiting for its next message"

@@ -1,6 +1,6 @@
 """A directory of credentials, looked at again and again: what came, changed and went.
 
-Asked every two seconds, not notified: Kubernetes swaps a link above the files, secrets may be mounted over the network, and
+Asked every second, not notified: Kubernetes swaps a link above the files, secrets may be mounted over the network, and
 a handful of small files cost nothing to read.
 """
 
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-#: Changes are acted on within 5 seconds.
-LOOK_SECS = 2.0
+#: Changes are acted on within 5 seconds, of which libraries that are needed for the first time take one.
+LOOK_SECS = 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -136,6 +136,7 @@ class Api:
             "kind": state.backend.kind,
             "running": state.running,
             "closed_because": redact.redact_text(self._dispatcher.closed_because(state)) or None,
+            "parked": self._dispatcher.parked(state) or None,
         }
 
     def _why_not(self, name: str) -> str:

@@ -1,24 +1,26 @@
-"""Which queue is asked next, and what is done with what it gives (DESIGN.md 5.1).
+"""Which queue is asked next (DESIGN.md 5.1); `daemon.admission` decides what becomes of what it gives.
 
 One task a queue. A queue is *open* while there is room for what it last asked for and nothing speaks against it: then its
-consumer waits for the next message. A message that does not fit now is parked, unacknowledged, for a bounded time; when
-capacity frees, the queue that has had the least of this machine lately goes first. After that time it is put back once, and
-the queue waits for capacity, not for a timer.
+consumer waits for the next message. A message that does not fit now is parked, unacknowledged, for a bounded time, and looked
+past; when capacity frees, the queue that has had the least of this machine lately goes first. After that time it is put back
+once. From then on its queue waits for that much room, and asks for the message when it has it: no change of capacity costs a
+delivery unless the message starts.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
 from runner import errors
-from runner.daemon.queuestate import ELSEWHERE_SECS, QueueState
+from runner.daemon import queuestate
+from runner.daemon.admission import Admission
+from runner.daemon.gates import Gates
+from runner.daemon.queuestate import MAX_PARKED, QueueState
 from runner.queues.base import Existence, QueueGone
-from runner.request import decode
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -27,26 +29,20 @@ if TYPE_CHECKING:
     from runner.daemon.endpoints import Endpoints
     from runner.daemon.runs import Runs
     from runner.queues.base import Consumer, Delivery, QueueBackend, QueueRef
-    from runner.request.model import Request, Resources
-    from runner.resources.allocator import Allocator
+    from runner.request.model import Resources
+    from runner.resources.allocator import Allocation, Allocator
     from runner.telemetry.metrics import Metrics
 
 log = structlog.get_logger(__name__)
 
-#: How long a message that fits this machine, but not now, is held before it is put back.
-PARK_SECS = 60.0
-#: A queue that has lost its room goes on listening for so long: closing and opening consumers at each start costs more.
-LINGER_SECS = 1.0
+#: How long room is held for a message that was asked for because there is room for it.
+RESERVE_SECS = 5.0
 #: After a queue was found gone or its broker away; discovery is what decides.
 RECONSUME_SECS = 5.0
-#: A closed queue is looked at again at least so often: room can come back without a word (a disk that others empty).
-LOOK_SECS = 60.0
 #: How long what is free is believed: asking costs a system call, and there may be thousands of queues.
 FREE_SECS = 1.0
 #: So many runs of one queue may wait for their storage without a part of the machine; then nothing more is taken from it.
 MAX_WAITING = 16
-#: Larger messages are decoded in a thread: the loop would stand still.
-DECODE_IN_LOOP_BYTES = 128 << 10
 #: How often the queues of running experiments are asked for: a deleted one stops its runs (DESIGN.md rule 11).
 EXISTENCE_SECS = 15.0
 
@@ -67,16 +63,22 @@ class Dispatcher:
         """`left_behind`: messages of runs that the last daemon did not see to their end, by `QueueState.ledger_key`."""
         self._allocator = allocator
         self._runs = runs
-        self._ledger = ledger
         self._endpoints = endpoints
-        self._metrics = metrics
         self._left_behind = {queue: list(bodies) for queue, bodies in left_behind.items()}
         self._queues: dict[QueueRef, QueueState] = {}
         self._workers: dict[QueueRef, asyncio.Task[None]] = {}
         self._leaving: set[asyncio.Task[None]] = set()  # workers of queues that are not served any more
-        self._changed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._free: tuple[float, Resources] | None = None
+        self._room: tuple[float, Resources] | None = None
         self._draining = False
+        self._gates = Gates(shut=lambda: self._runs.exhausted and not self._draining, lacks=self._lacks)
+        self._admission = Admission(
+            allocator=allocator,
+            runs=runs,
+            ledger=ledger,
+            metrics=metrics,
+            forbidden=self._forbidden,
+            permitted=self._permitted,
+        )
         allocator.on_change(self.notify)
 
     @property
@@ -86,15 +88,17 @@ class Dispatcher:
 
     def notify(self) -> None:
         """Something changed that may open or close a queue. Cheap; callable often."""
-        self._free = None
-        self._changed.set_result(None)
-        self._changed = asyncio.get_running_loop().create_future()
+        self._room = None
+        self._gates.notify()
+
+    def _changed(self, state: QueueState) -> None:
+        self._gates.changed(state, needs_room=not self._returns(state) and not self._orphaned(state))
 
     def serve(self, ref: QueueRef, backend: QueueBackend) -> None:
         """A queue was discovered: take work from it."""
         if self._draining or ref in self._workers:
             return
-        state = self._queues.setdefault(ref, QueueState(ref=ref, backend=backend))
+        state = self._queues.setdefault(ref, QueueState(ref=ref, backend=backend, on_change=self._changed))
         state.backend = backend
         self._workers[ref] = asyncio.create_task(self._work(state), name=f"queue {ref}")
 
@@ -111,14 +115,24 @@ class Dispatcher:
             del self._queues[ref]
 
     async def drain(self) -> None:
-        """Take no new message; give back what has not started. What runs is untouched."""
-        self._draining = True
+        """Take no new message; give back what has not started. What runs is untouched.
+
+        A run that loses its message later is still found by it: its queue is listened to for that message alone, until it has
+        come or the run is over. A second call ends that.
+        """
+        again, self._draining = self._draining, True
         workers = [*self._workers.values(), *self._leaving]
         self._workers.clear()
         for worker in workers:
             worker.cancel()
         if workers:
             await asyncio.wait(workers)
+        if not again:
+            for state in self._queues.values():
+                if state.running:
+                    self._workers[state.ref] = asyncio.create_task(
+                        self._await_returns(state), name=f"return {state.ref}"
+                    )
 
     async def watch_existence(self) -> None:
         """For ever: stop the runs whose queue was deleted. Seen twice, so that no hiccup cancels anything."""
@@ -151,7 +165,7 @@ class Dispatcher:
 
     def _forbidden(self, state: QueueState) -> str:
         if self._draining:
-            return "the runner is draining"
+            return "" if self._orphaned(state) else "the runner is draining"
         if self._runs.exhausted:
             return "the limit of tasks is reached"
         if state.endpoint:
@@ -166,68 +180,182 @@ class Dispatcher:
         return ""
 
     def _no_room(self, state: QueueState) -> str:
-        if state.running and self._runs.orphaned(state):
+        if self._orphaned(state):
             return ""  # its message is on its way back, and needs no room
-        free = self._free_now()
-        if free.cpus < 1:
-            return "no core is free"
+        if len(state.parked) >= MAX_PARKED:
+            return self.parked(state)
         ask = state.current_ask()
-        if ask is not None and (short := self._allocator.lacking(ask, free)):
-            return f"no room for what it last asked for: {short}"
-        return ""
+        if not self._lacks(ask):
+            return ""
+        room = self._room_now()
+        if room.cpus < 1:
+            kept = self._allocator.free.cpus >= 1
+            return "room is kept for a message that has waited for long" if kept else "no core is free"
+        short = self._allocator.lacking(ask, room) if ask is not None else ""
+        return f"no room for what it last asked for: {short}"
 
-    def _free_now(self) -> Resources:
+    def parked(self, state: QueueState) -> str:
+        """What is held until there is room for it, in words; empty when nothing is. What comes behind it may be taken."""
+        told = [f"{parked.lacking} (for {time.monotonic() - parked.since:.0f} s)" for parked in state.parked]
+        what = "1 message is" if len(told) == 1 else f"{len(told)} messages are"
+        return f"{what} parked for want of room: {'; '.join(told)}" if told else ""
+
+    def _returns(self, state: QueueState) -> bool:
+        """Whether something that was parked has to be put back."""
+        return any(parked.over for parked in state.parked)
+
+    def _orphaned(self, state: QueueState) -> bool:
+        return state.running > 0 and self._runs.orphaned(state)
+
+    def _lacks(self, ask: Resources | None) -> bool:
+        """Whether there is no room for queues that asked for that last."""
+        room = self._room_now()
+        return room.cpus < 1 or (ask is not None and bool(self._allocator.lacking(ask, room)))
+
+    def _room_now(self) -> Resources:
         now = time.monotonic()
-        if self._free is None or now - self._free[0] > FREE_SECS:
-            self._free = now, self._allocator.free
-        return self._free[1]
+        if self._room is None or now - self._room[0] > FREE_SECS:
+            self._room = now, self._allocator.room
+        return self._room[1]
 
-    async def _until(self, state: QueueState, is_open: Callable[[], bool]) -> None:
-        while not is_open():
-            timers = [when - time.monotonic() for when in (state.closed_until, state.ask_until)]
-            wait = min([timer for timer in timers if timer > 0] + [LOOK_SECS])
-            await asyncio.wait({self._changed}, timeout=wait)
+    def _wait_for(self, state: QueueState) -> str:
+        """Why its worker has to wait. What was put back for want of room is waited for elsewhere, in `_reserved`."""
+        if self._returns(state):
+            return ""
+        return self._forbidden(state) or ("" if state.waits_for_room else self._no_room(state))
+
+    async def _opened(self, state: QueueState) -> None:
+        """Wait until there is something to do for that queue."""
+        while self._wait_for(state):
+            room_alone = not self._forbidden(state) and len(state.parked) < MAX_PARKED
+            await self._news(state, None if room_alone else lambda: not self._wait_for(state))
+
+    async def _permitted(self, state: QueueState) -> None:
+        """Wait until nothing but room speaks against that queue."""
+        while self._forbidden(state):
+            await self._news(state, lambda: not self._forbidden(state))
+
+    async def _news(self, state: QueueState, ready: Callable[[], bool] | None) -> None:
+        timers = [when - time.monotonic() for when in (state.closed_until, state.ask_until)]
+        secs = min((timer for timer in timers if timer > 0), default=None)
+        await self._gates.opened(state, ready, secs)
 
     async def _work(self, state: QueueState) -> None:
         """Until cancelled: take from the queue. One that is gone, or whose broker is, is tried again: `forget` ends the worker."""
-        while True:
-            try:
-                await self._consume(state)
-            except QueueGone:
-                log.info("queue is gone", queue=str(state.ref))
-            except errors.QueueUnavailable as exc:
-                log.warning("queue is unavailable", queue=str(state.ref), error=str(exc))
-            except Exception:
-                log.exception("a queue cannot be served", queue=str(state.ref))
-            await asyncio.sleep(RECONSUME_SECS)
+        try:
+            while True:
+                try:
+                    await self._consume(state)
+                except QueueGone:
+                    log.info("queue is gone", queue=str(state.ref))
+                    await self._admission.clear(state)
+                except errors.QueueUnavailable as exc:
+                    log.warning("queue is unavailable", queue=str(state.ref), error=str(exc))
+                except Exception:
+                    log.exception("a queue cannot be served", queue=str(state.ref))
+                await asyncio.sleep(RECONSUME_SECS)
+        finally:
+            await self._admission.clear(state)
 
     async def _consume(self, state: QueueState) -> None:
         consumer = await state.backend.consumer(state.ref)
         try:
             for body in self._left_behind.pop(state.ledger_key, ()):
-                await self._until(state, lambda: not self.closed_because(state))
+                await self._opened(state)
                 if (delivery := await state.backend.reclaim(state.ref, body)) is not None:
-                    await self._admit(state, delivery)
+                    await self._admission.admit(state, delivery)
             while True:
-                await self._until(state, lambda: not self.closed_because(state))
-                if (delivery := await self._next(state, consumer)) is not None:
-                    await self._admit(state, delivery)
+                await self._opened(state)
+                await self._admission.give_back(state)
+                if state.waits_for_room and not self._orphaned(state):
+                    await self._take_into_room(state, consumer)
+                elif (
+                    not self.closed_because(state)
+                    and (delivery := await self._next(state, consumer)) is not None
+                ):
+                    await self._admission.admit(state, delivery)
         finally:
             await consumer.close()
 
-    async def _next(self, state: QueueState, consumer: Consumer) -> Delivery | None:
-        """The next message; None when the queue was closed meanwhile. For want of room only after a moment: it may come back."""
+    async def _await_returns(self, state: QueueState) -> None:
+        """While draining: have runs that lose their messages adopt them. Gives up when others are in the way."""
+        while True:
+            await self._opened(state)
+            try:
+                if not await self._find_lost(state):
+                    return
+            except (QueueGone, errors.QueueUnavailable) as exc:
+                log.info("a lost message cannot be asked for", queue=str(state.ref), error=str(exc))
+                await asyncio.sleep(RECONSUME_SECS)
+
+    async def _find_lost(self, state: QueueState) -> bool:
+        """Whether the message that a run has lost was found. Others that come before it are held meanwhile, and put back once."""
+        consumer = await state.backend.consumer(state.ref)
+        others: list[Delivery] = []
+        try:
+            async with asyncio.timeout(None) as limit:
+                while self._orphaned(state) and len(others) <= MAX_PARKED:
+                    delivery = await self._next(state, consumer)
+                    if delivery is None:
+                        continue
+                    others.append(delivery)
+                    if await self._admission.adopt(state, delivery):
+                        others.remove(delivery)
+                    elif len(others) == 1:
+                        limit.reschedule(asyncio.get_running_loop().time() + queuestate.PARK_SECS)
+        except TimeoutError:
+            pass
+        finally:
+            await consumer.close()  # first, or they would come at once
+            for delivery in others:
+                await self._admission.release(delivery)
+        return not self._orphaned(state)
+
+    async def _take_into_room(self, state: QueueState, consumer: Consumer) -> None:
+        """Wait for the room that a message needs that was put back for want of it; then ask for the message."""
+        room = await self._reserved(state)
+        if room is None:
+            return
+        try:
+            delivery = await self._next(state, consumer, RESERVE_SECS)
+            if delivery is not None:
+                await self._admission.admit(state, delivery, room)
+            elif not self._forbidden(state):
+                state.forget_ask()  # somebody else has it
+        finally:
+            room.release()
+
+    async def _reserved(self, state: QueueState) -> Allocation | None:
+        """That room; None when its time is over, or something else has come between."""
+        ask = state.current_ask()
+        if ask is None or self._forbidden(state):
+            return None
+        with self._gates.reserved(state) as news:
+            try:
+                return await self._admission.room(
+                    state, ask, since=state.ask_since, secs=state.ask_until - time.monotonic(), unless=news
+                )
+            except errors.NoCapacity:
+                return None
+            except errors.NotForThisHost:  # a disk that others have filled: it is said when the message comes
+                state.forget_ask()
+                return None
+
+    async def _next(
+        self, state: QueueState, consumer: Consumer, reserved_secs: float | None = None
+    ) -> Delivery | None:
+        """The next message; None when the queue was closed meanwhile. For want of room only after a moment: it may come back.
+
+        With `reserved_secs` there is room for it already, for so long.
+        """
         wish = asyncio.create_task(consumer.next(), name=f"next {state.ref}")
         try:
-            while not wish.done():
-                news: set[asyncio.Future[Any]] = {wish, self._changed}
-                await asyncio.wait(news, return_when=asyncio.FIRST_COMPLETED)
-                if self._forbidden(state):
-                    break
-                if not wish.done() and self._no_room(state):
-                    await asyncio.wait({wish}, timeout=LINGER_SECS)
-                    if self.closed_because(state):
-                        break
+            if reserved_secs is None:
+                await self._listen(state, wish)
+            else:
+                with self._gates.reserved(state) as news:
+                    ends: set[asyncio.Future[Any]] = {wish, news}
+                    await asyncio.wait(ends, timeout=reserved_secs, return_when=asyncio.FIRST_COMPLETED)
             wish.cancel()
             await asyncio.wait({wish})
         except asyncio.CancelledError:
@@ -241,139 +369,11 @@ class Dispatcher:
             return None
         return wish.result()
 
-    async def _admit(self, state: QueueState, delivery: Delivery) -> None:
-        """End the delivery, or hand it to a run. Cancelled (drained) while it is parked: it goes back."""
-        try:
-            if not delivery.redelivered:
-                self._runs.published_anew(state, delivery.digest)
-            if await self._may_start(state, delivery):
-                await self._sort(state, delivery)
-        except asyncio.CancelledError:
-            if not self._runs.holds(delivery):
-                await self._put_back(delivery)
-            raise
-        except OSError as exc:
-            wait = state.back_off(f"this host cannot start an experiment: {exc}")
-            log.error(  # noqa: TRY400 - the error tells it all
-                "nothing can be started here: is the disk full?",
-                queue=str(state.ref),
-                error=str(exc),
-                wait_secs=round(wait),
-            )
-            await self._put_back(delivery, wait)
-        except Exception as exc:
-            log.exception("a message could not be handled", queue=str(state.ref))
-            await self._fumbled(state, delivery, exc)
-
-    async def _fumbled(self, state: QueueState, delivery: Delivery, exc: Exception) -> None:
-        """A defect of ours: another attempt may go better, but not for ever."""
-        reason, text = errors.Reason.RUNNER, f"the runner failed: {type(exc).__name__}: {exc}"
-        wait = state.back_off(text)
-        try:
-            count = self._ledger.begin(state.ledger_key, delivery.digest, delivery.attempts)
-        except OSError:
-            count = 0
-        self._ledger.failed(state.ledger_key, delivery.digest, reason, text)
-        if count >= self._runs.settler.max_attempts:
-            await self._runs.settler.reject(state, delivery, reason=reason, text=text, attempts=count)
-        else:
-            await self._put_back(delivery, wait)
-
-    async def _put_back(self, delivery: Delivery, wait_secs: float = 0.0) -> None:
-        self._metrics.delivery("requeue")
-        await delivery.requeue(wait_secs)
-
-    async def _may_start(self, state: QueueState, delivery: Delivery) -> bool:
-        """Whether the queue is open. A message that was on its way when it was closed is parked, or put back once."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(PARK_SECS):
-                await self._until(state, lambda: self._draining or not self._forbidden(state))
-        if why := self._forbidden(state):
-            log.info("put back unopened", queue=str(state.ref), why=why)
-            await self._put_back(delivery)
-            return False
-        return True
-
-    async def _sort(self, state: QueueState, delivery: Delivery) -> None:
-        if delivery.redelivered and await self._known(state, delivery):
-            return
-        digest = delivery.digest
-        tried = self._ledger.attempts(state.ledger_key, digest)
-        # Runs of the same bytes that are alive here have not failed (yet).
-        count = max(tried.count, delivery.attempts) - len(self._runs.find(state, digest))
-        request: Request | None = None
-        try:
-            request = await self._decode(delivery.body)
-            if self._runs.resume(state, delivery, request):
+    async def _listen(self, state: QueueState, wish: asyncio.Task[Delivery]) -> None:
+        """Until the wish is fulfilled, or the queue is not to be asked any more."""
+        while not wish.done():
+            no_room = await self._gates.closing(state, wish)
+            if self._forbidden(state) or self._returns(state):
                 return
-            if count >= self._runs.settler.max_attempts:
-                text = f"gave up after {count} attempts: {tried.text or 'they were made by other hosts'}"
-                await self._runs.settler.reject(
-                    state,
-                    delivery,
-                    reason=errors.Reason.ATTEMPTS,
-                    text=text,
-                    attempts=count,
-                    request=request,
-                )
+            if no_room and self._no_room(state):
                 return
-            state.remember(request.resources)
-            await self._start(state, delivery, request)
-            state.crowded = 0
-        except errors.Refused as exc:
-            await self._runs.settler.reject(
-                state, delivery, reason=exc.reason, text=str(exc), attempts=count, request=request
-            )
-        except errors.NotForThisHost as exc:
-            await self._elsewhere(state, delivery, exc)
-        except errors.NoCapacity as exc:
-            log.info(
-                "put back for want of room", queue=str(state.ref), lacking=exc.lacking, parked_secs=PARK_SECS
-            )
-            state.crowded += 1
-            if request is not None:
-                state.remember(request.resources)
-            await self._put_back(delivery)
-
-    async def _decode(self, body: bytes) -> Request:
-        if len(body) > DECODE_IN_LOOP_BYTES:
-            return await asyncio.to_thread(decode.decode, body)
-        return decode.decode(body)
-
-    async def _known(self, state: QueueState, delivery: Delivery) -> bool:
-        """Whether a redelivery is of what runs or has finished here; then it is dealt with (DESIGN.md 5.3)."""
-        twins = self._runs.find(state, delivery.digest)
-        if twins and await self._runs.adopt(twins, delivery):
-            return True
-        if self._ledger.finished(state.ledger_key, delivery.digest):
-            log.info(
-                "acknowledged a redelivery of what finished here",
-                queue=str(state.ref),
-                digest=delivery.digest[:12],
-            )
-            self._metrics.delivery("ack")
-            await delivery.ack()
-            return True
-        return False
-
-    async def _start(self, state: QueueState, delivery: Delivery, request: Request) -> None:
-        """When there is room for it. Raises errors.NoCapacity, errors.NeverFits, OSError."""
-        allocation = await self._allocator.acquire(
-            request.resources, rank=state.usage, timeout_secs=PARK_SECS
-        )
-        try:
-            if self._runs.exhausted:  # by another queue, meanwhile
-                raise errors.NoCapacity(
-                    "the limit of tasks is reached", lacking="the limit of tasks is reached"
-                )
-            self._runs.start(state, delivery, request, allocation)
-        except BaseException:
-            allocation.release()
-            raise
-
-    async def _elsewhere(self, state: QueueState, delivery: Delivery, exc: errors.NotForThisHost) -> None:
-        wait = state.back_off(str(exc), at_least_secs=ELSEWHERE_SECS)
-        if state.left != delivery.digest:  # said once for each message, while it is the one that comes
-            state.left = delivery.digest
-            log.warning("left to other hosts", queue=str(state.ref), why=str(exc), retry_secs=round(wait))
-        await self._put_back(delivery, wait)

@@ -2,26 +2,61 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import math
 import random
 import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from runner.queues.base import QueueBackend, QueueRef
-    from runner.request.model import Resources
+    import asyncio
+    from collections.abc import Callable
+
+    from runner.queues.base import Delivery, QueueBackend, QueueRef
+    from runner.request.model import Request, Resources
 
 #: What a queue asked for is forgotten after this long, or a huge first job would starve the small ones behind it.
 ASK_SECS = 180.0
-#: ... or, when it was put back for want of room again and again, after this long: some brokers count put-backs, and drop a
-#: message after twenty.
-LAST_ASK_SECS = 3600.0
+#: How long a message that fits this machine, but not now, is held the first time; twice as long each further time.
+#: Shorter than the minute after which a message is moved to a lease.
+PARK_SECS = 45.0
+#: ... but no longer than this: another host may have room for it by now. Half of what RabbitMQ allows where nobody may lease.
+LAST_PARK_SECS = 900.0
+#: After it was put back its queue is left to other hosts for this part of the time that it was held, at least.
+REST = 0.25
+#: So many messages of a queue are held at most for want of room. Those behind them are taken until then.
+MAX_PARKED = 2
+#: Freed room is kept for a message in the last quarter of each doubling of its age, from this age on.
+KEEP_SECS = 60.0
+#: So many messages that were put back for want of room are remembered for each queue.
+MAX_CROWDED = 64
 FIRST_BACKOFF_SECS = 5.0
 LAST_BACKOFF_SECS = 300.0
 #: How long a queue whose message is not for this host is left to others.
 ELSEWHERE_SECS = 300.0
 #: A queue's use of the machine counts half after this long.
 USAGE_HALF_LIFE_SECS = 600.0
+
+
+@dataclasses.dataclass(kw_only=True, eq=False)
+class Parked:
+    """A message that is held until there is room for it."""
+
+    delivery: Delivery
+    request: Request
+    lacking: str  #: in words, as of when it came
+    since: float
+    over: bool = False  #: it is to be put back
+    task: asyncio.Task[None] | None = None
+
+
+@dataclasses.dataclass(kw_only=True)
+class Crowded:
+    """A message for which there was no room: since when, and how often it was put back for that."""
+
+    since: float
+    put_backs: int = 0
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
@@ -32,13 +67,20 @@ class QueueState:
     backend: QueueBackend
     ask: Resources | None = None
     ask_until: float = 0.0
+    #: Since when the message that asks for it waits: it was put back, and is asked for when there is room. 0: none was.
+    ask_since: float = 0.0
     closed_until: float = 0.0  #: back-off
     endpoint: str = ""  #: a storage endpoint that its messages need and that does not answer
     why: str = ""  #: of the back-off, for people
     failures: int = 0
     running: int = 0
-    crowded: int = 0  #: how often in a row a message of it was put back for want of room
+    holding: int = 0  #: how many of those have a part of the machine
+    parked: list[Parked] = dataclasses.field(default_factory=list)
     left: str = ""  #: digest of the message that was left to other hosts last
+    on_change: Callable[[QueueState], None] | None = None  #: hears when something here may open or close it
+    _crowded: collections.OrderedDict[str, Crowded] = dataclasses.field(
+        default_factory=collections.OrderedDict
+    )
     _used: float = 0.0
     _used_at: float = dataclasses.field(default_factory=time.monotonic)
 
@@ -47,18 +89,70 @@ class QueueState:
         """Its name in the ledger and in run states: unique over all accounts, the same after a restart."""
         return f"{self.ref.account}/{self.ref.vhost}/{self.ref.name}"
 
+    def changed(self) -> None:
+        """Something that concerns this queue alone may have opened or closed it."""
+        if self.on_change is not None:
+            self.on_change(self)
+
+    # -- room
+
     def remember(self, ask: Resources) -> None:
-        """Its last message asks for that."""
-        secs = min(ASK_SECS * 2.0 ** min(self.crowded, 10), LAST_ASK_SECS)
-        self.ask, self.ask_until = ask, time.monotonic() + secs
+        """A message that has started asked for that: so may the next one."""
+        self.ask, self.ask_until, self.ask_since = ask, time.monotonic() + ASK_SECS, 0.0
+
+    def forget_ask(self) -> None:
+        """Nobody knows what its next message asks for."""
+        self.ask, self.ask_until, self.ask_since = None, 0.0, 0.0
 
     def current_ask(self) -> Resources | None:
         """What its next message will probably ask for; None when nobody knows any more."""
         return self.ask if time.monotonic() < self.ask_until else None
 
+    @property
+    def waits_for_room(self) -> bool:
+        """Whether its next message is one that was put back for want of room: room comes first, then the message."""
+        return self.ask_since > 0 and self.current_ask() is not None
+
+    def crowded(self, digest: str) -> Crowded:
+        """What is known of a message for which there is no room."""
+        found = self._crowded.setdefault(digest, Crowded(since=time.monotonic()))
+        self._crowded.move_to_end(digest)
+        while len(self._crowded) > MAX_CROWDED:
+            self._crowded.popitem(last=False)
+        return found
+
+    def found_room(self, digest: str) -> None:
+        """There was room for it."""
+        self._crowded.pop(digest, None)
+
+    def park_secs(self, delivery: Delivery) -> float:
+        """For how long that message is held, when there is no room for it meanwhile."""
+        return min(self._cycle_secs(delivery), LAST_PARK_SECS)
+
+    def put_back(self, delivery: Delivery, ask: Resources) -> float:
+        """It goes back for want of room: for how many seconds the queue waits for that room, and for nothing else.
+
+        Where the broker counts deliveries, the time from one to the next doubles each time: after N hours there were
+        `log2(N * 80) + 1` of them at most, however many hosts took part.
+        """
+        cycle = self._cycle_secs(delivery)
+        held = min(cycle, LAST_PARK_SECS)
+        rest = max(held * REST, cycle - held if delivery.deliveries else 0.0)
+        known = self.crowded(delivery.digest)
+        known.put_backs += 1
+        self.ask, self.ask_until, self.ask_since = ask, time.monotonic() + rest, known.since
+        return rest
+
+    def _cycle_secs(self, delivery: Delivery) -> float:
+        times = max(self.crowded(delivery.digest).put_backs, delivery.deliveries)
+        return PARK_SECS * 2.0 ** min(times, 40)
+
+    # -- back-off
+
     def succeeded(self) -> None:
         """A message of it was settled for good: no back-off."""
         self.failures, self.closed_until, self.why = 0, 0.0, ""
+        self.changed()
 
     def back_off(self, why: str, *, at_least_secs: float = 0.0) -> float:
         """Leave it alone for a while, longer each time in a row, with jitter; for how many seconds."""
@@ -66,13 +160,39 @@ class QueueState:
         grown = FIRST_BACKOFF_SECS * 2.0 ** min(self.failures - 1, 10)
         secs = max(min(LAST_BACKOFF_SECS, grown) * random.uniform(0.75, 1.25), at_least_secs)
         self.closed_until, self.why = time.monotonic() + secs, why
+        self.changed()
         return secs
 
+    def wants(self, endpoint: str) -> None:
+        """Its messages need an endpoint that does not answer."""
+        self.endpoint = endpoint
+        self.changed()
+
+    # -- rank
+
     def used(self, core_secs: float) -> None:
-        """It has had that much of this machine."""
-        self._used, self._used_at = self.usage() + core_secs, time.monotonic()
+        """A run of it has had that much of this machine, and has it no more."""
+        self.holding -= 1
+        self._used, self._used_at = self._faded() + core_secs, time.monotonic()
 
     def usage(self) -> float:
-        """How much of this machine it has had lately (core seconds, fading), running ones counted as a minute each."""
+        """How much of this machine it has had lately (core seconds, fading), and a minute for each run that has a part of it."""
+        return self._faded() + 60.0 * self.holding
+
+    def _faded(self) -> float:
         faded: float = self._used * 0.5 ** ((time.monotonic() - self._used_at) / USAGE_HALF_LIFE_SECS)
-        return faded + 60.0 * self.running
+        return faded
+
+
+def keeping(age_secs: float) -> tuple[bool, float]:
+    """Whether freed room is kept for a message that has waited for so long, and for how many seconds that stays so.
+
+    A quarter of the time, in stretches that double: long runs, too, end within one of them, so that nothing starves for ever,
+    and a machine that waits in vain for a run of days to end loses no more than that quarter.
+    """
+    if age_secs < KEEP_SECS:
+        return False, KEEP_SECS * 1.75 - age_secs
+    begin = KEEP_SECS * 2.0 ** math.floor(math.log2(age_secs / KEEP_SECS))
+    if age_secs < begin * 1.75:
+        return False, begin * 1.75 - age_secs
+    return True, begin * 2.0 - age_secs

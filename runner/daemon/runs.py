@@ -58,6 +58,7 @@ class Active:
     state: RunState
     backend: QueueBackend | None = None  #: that of its delivery; a queue may get another one while it runs
     allocation: Allocation | None = None  #: its part of the machine, until it gives that back
+    since: float = dataclasses.field(default_factory=time.monotonic)
     settling: bool = False  #: its delivery is being ended: what comes again from now on is no copy of it
     task: asyncio.Task[None] | None = None
 
@@ -74,8 +75,10 @@ class Active:
     def release(self) -> None:
         """Give its part of the machine back. Idempotent."""
         if self.allocation is not None:
-            self.allocation.release()
-            self.allocation = None
+            allocation, self.allocation = self.allocation, None
+            # Before it is known who gets it: that depends on what its queue has had.
+            self.queue.used(allocation.amounts.cpus * (time.monotonic() - self.since))
+            allocation.release()
 
 
 class Runs:
@@ -93,12 +96,8 @@ class Runs:
         interrupted: Iterable[RunState],
         endpoints: Endpoints,
         unrecorded: Callable[[RunState], None],
-        changed: Callable[[], None],
     ) -> None:
-        """`undelivered` and `interrupted`: what earlier daemons left (`runstate.sweep`). `unrecorded` takes runs whose documents are to be ended later.
-
-        `changed` is called when something may have opened or closed a queue.
-        """
+        """`undelivered` and `interrupted`: what earlier daemons left (`runstate.sweep`). `unrecorded` takes runs whose documents are to be ended later."""
         self._config = config
         self._tools = tools
         self._ledger = ledger
@@ -107,7 +106,6 @@ class Runs:
         self._shared = {state.key for state in (*self._undelivered, *interrupted) if state.shared}
         self._endpoints = endpoints
         self._unrecorded = unrecorded
-        self._changed = changed
         self._active: dict[str, Active] = {}
         self.settler = Settler(
             config=config,
@@ -116,7 +114,6 @@ class Runs:
             dead_letters=dead_letters,
             endpoints=endpoints,
             others=self._others,
-            changed=changed,
         )
         self.recent = self.settler.recent
         self.started_total = 0
@@ -254,6 +251,8 @@ class Runs:
         active.backend = active.queue.backend
         self._active[active.state.run_id] = active
         active.queue.running += 1
+        if active.allocation is not None:
+            active.queue.holding += 1
         added = active.request.time_added
         waited = None if added is None or active.allocation is None else time.time() - added
         self._tools.metrics.experiment_started(_labels(active), wait_secs=waited)
@@ -286,7 +285,6 @@ class Runs:
 
     async def _run(self, active: Active) -> None:
         began = time.monotonic()
-        cores = active.allocation.amounts.cpus if active.allocation is not None else 0
         context = {
             "run": active.state.run_id,
             "queue": str(active.queue.ref),
@@ -302,11 +300,10 @@ class Runs:
                 watch.cancel()
                 active.release()
                 active.queue.running -= 1
-                active.queue.used(cores * (time.monotonic() - began))
                 self._active.pop(active.state.run_id, None)
                 if not self._active:
                     self.idle_since = time.monotonic()
-                self._changed()
+                active.queue.changed()
             self._tools.metrics.experiment_finished(
                 _labels(active), status=outcome.status, reason=outcome.reason
             )
@@ -323,7 +320,7 @@ class Runs:
                 if delivery.superseded:
                     self._supersede(active)
                     return
-                self._changed()
+                active.queue.changed()
                 await asyncio.sleep(LOSS_SECS)
 
     def _supersede(self, active: Active) -> None:
@@ -370,8 +367,7 @@ class Runs:
         elif experiment.unrecorded:
             self._unrecorded(active.state)
         elif not experiment.undelivered:
-            if active.allocation is not None:
-                active.allocation.release()  # the next run need not wait for a directory to be removed
+            active.release()  # the next run need not wait for a directory to be removed
             self._states.remove(active.state.run_id)
             await experiment.discard(keep=self._config.paths.keep_runs)
         return outcome, fate
@@ -419,7 +415,7 @@ class Runs:
         return outcome, None
 
     def _away(self, active: Active, exc: errors.Unreachable) -> None:
-        active.queue.endpoint = exc.endpoint
+        active.queue.wants(exc.endpoint)
         self._endpoints.lost(exc.endpoint, lambda: active.experiment.answers(exc.endpoint))
 
     def stop_all(self, reason: errors.Reason, text: str, grace_secs: float) -> None:

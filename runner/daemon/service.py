@@ -156,7 +156,6 @@ class Service:
                     interrupted=interrupted,
                     unrecorded=left.add,
                     endpoints=endpoints,
-                    changed=lambda: dispatcher.notify(),  # noqa: PLW0108 - made below
                 )
                 dispatcher = Dispatcher(
                     allocator=tools.allocator,

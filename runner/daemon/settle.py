@@ -45,15 +45,13 @@ class Settler:
         dead_letters: DeadLetters,
         endpoints: Endpoints,
         others: Callable[[QueueState, str], int],
-        changed: Callable[[], None],
     ) -> None:
-        """`others`: the attempts of the runs in progress of those bytes. `changed`: something may have closed a queue."""
+        """`others`: the attempts of the runs in progress of those bytes."""
         self._metrics = metrics
         self._ledger = ledger
         self._dead_letters = dead_letters
         self._endpoints = endpoints
         self._others = others
-        self._changed = changed
         self._retries = config.runs.retries
         self.max_attempts = max(MAX_ATTEMPTS, self._retries + 1)
         self.recent: collections.deque[dict[str, Any]] = collections.deque(maxlen=RECENT)
@@ -83,7 +81,6 @@ class Settler:
                 log.info("experiment finished", **told, acknowledged=in_time)
             case errors.Fate.REQUEUE:
                 wait = self._back_off(active, outcome)
-                self._changed()
                 await delivery.requeue(wait)
                 self._metrics.delivery("requeue")
                 log.warning("experiment goes back to its queue", **told, wait_secs=round(wait, 1))
@@ -121,7 +118,7 @@ class Settler:
         if outcome.reason in {errors.Reason.DRAINED, errors.Reason.LEASE_LOST}:
             return 0.0
         if endpoint and experiment.knows(endpoint):
-            queue.endpoint = endpoint
+            queue.wants(endpoint)
             self._endpoints.lost(endpoint, lambda: experiment.answers(endpoint))
             return 0.0
         return queue.back_off(outcome.text)

@@ -5,6 +5,9 @@ which talks with the daemon over that channel. A second copy of the channel is k
 until the orphans that it left are killed as well: so the daemon sees the end of a channel only when nothing of the run
 is left. Running supervisors do not need the nursery: when it is killed they go on.
 
+Between the nursery and each supervisor stands a guard that only waits for it. So the parent's parent of a workload is its
+own as well: one that kills it ends its own attempt, and nobody else's (DESIGN.md rule 3).
+
 It is in a session of its own (a terminal's Ctrl-C is the daemon's to handle) and ends when the daemon and all
 supervisors have.
 """
@@ -34,7 +37,7 @@ class Nursery:
         self._spare: tuple[int, socket.socket] | None = (
             None  # a supervisor without a run yet, and how to give it one
         )
-        self._channels: dict[int, int] = {}  # supervisor -> our copy of its channel
+        self._channels: dict[int, int] = {}  # a supervisor's guard -> our copy of its channel
         self._lost: list[int] = []  # channels of killed supervisors whose orphans may still live
 
     def run(self) -> None:
@@ -98,25 +101,25 @@ class Nursery:
                 raise
             if pid == 0:
                 ours.close()
-                self._become_supervisor(theirs)
+                self._become_guard(theirs)
         self._spare = pid, ours
         return self._spare
 
-    def _become_supervisor(self, handle: socket.socket) -> NoReturn:
+    def _become_guard(self, handle: socket.socket) -> NoReturn:
+        """Wait for a supervisor, and end as it does; it ends with us."""
         status = 1
         try:
-            kernel.set_name("runner-run")
             self._wakeup.close()
             self._control.close()
             for fd in (*self._channels.values(), *self._lost):  # held here, their ends would go unnoticed
                 os.close(fd)
-            spare = supervisor.Supervisor()
-            packet, fds, _, _ = socket.recv_fds(handle, 1, 2)
+            guard = os.getpid()
+            pid = os.fork()
+            if pid == 0:
+                _become_supervisor(handle, guard)
+            kernel.set_name("runner-guard")
             handle.close()
-            if packet:
-                channel, output = fds
-                spare.run(channel, output)
-            status = 0
+            status = int(os.waitpid(pid, 0)[1] != 0)
         except BaseException:  # noqa: BLE001 - nothing may unwind into the nursery's loop of this copy
             sys.excepthook(*sys.exc_info())
         finally:
@@ -151,6 +154,27 @@ class Nursery:
         for channel in self._lost:
             os.close(channel)
         self._lost.clear()
+
+
+def _become_supervisor(handle: socket.socket, guard: int) -> NoReturn:
+    """Wait for a run over `handle`, and see to it to its very end; or to that of its guard."""
+    status = 1
+    try:
+        kernel.die_with_parent()
+        if os.getppid() != guard:
+            os._exit(status)
+        kernel.set_name("runner-run")
+        spare = supervisor.Supervisor()
+        packet, fds, _, _ = socket.recv_fds(handle, 1, 2)
+        handle.close()
+        if packet:
+            channel, output = fds
+            spare.run(channel, output)
+        status = 0
+    except BaseException:  # noqa: BLE001 - nothing may unwind into the loop that this is a copy of
+        sys.excepthook(*sys.exc_info())
+    finally:
+        os._exit(status)
 
 
 def main(control_fd: int) -> None:

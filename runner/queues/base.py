@@ -75,6 +75,8 @@ class Delivery(abc.ABC):
         self.lost = asyncio.Event()  #: set, in the daemon's loop, when the hold is gone
         #: With `lost`, or later: another runner has the message, or may have; a run of it here has to stop.
         self.superseded = False
+        #: How often it was delivered before, where the broker counts that, and may drop what it has delivered too often.
+        self.deliveries = 0
         #: With `queue`, the identity of the message (DESIGN.md 5.3).
         self.digest = hashlib.sha256(body).hexdigest()
 

@@ -123,8 +123,8 @@ class PubsubBackend(base.QueueBackend):
 
             return pubsub_client, pubsub_client.load(self._account)
 
-        module, credentials = await asyncio.to_thread(load)
-        client: Client = module.Client(self._account, credentials, self._times)
+        module, key = await asyncio.to_thread(load)
+        client: Client = module.Client(self._account, key, self._times)
         return client
 
     async def _connected(self) -> Client:

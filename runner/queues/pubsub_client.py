@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import grpc
 import structlog
@@ -35,11 +35,19 @@ PAGE_SIZE = 1000
 STREAMS_PER_CHANNEL = 90
 
 
-def load(account: PubsubAccount) -> service_account.Credentials | None:
-    """Read the account's key; None for an emulator. Blocks. Raises `wire.Away`."""
+class Key(NamedTuple):
+    """An account's key as it was at one moment; no credentials for an emulator."""
+
+    credentials: service_account.Credentials | None = None
+    written: tuple[int, ...] = ()  #: changes when somebody writes or replaces the file
+
+
+def load(account: PubsubAccount) -> Key:
+    """Read the account's key. Blocks. Raises `wire.Away`."""
     if account.emulator or account.key is None:
-        return None
+        return Key()
     try:
+        found = account.key.stat()
         credentials: service_account.Credentials = service_account.Credentials.from_service_account_file(
             str(account.key), scopes=SubscriberGrpcAsyncIOTransport.AUTH_SCOPES
         ).with_always_use_jwt_access(True)  # noqa: FBT003 - signed here: no request to a token server
@@ -47,37 +55,45 @@ def load(account: PubsubAccount) -> service_account.Credentials | None:
         raise wire.Away(
             f"the key {account.key} cannot be used: {type(error).__name__}", refused=True
         ) from None
-    return credentials
+    return Key(credentials, (found.st_ino, found.st_size, found.st_mtime_ns))
 
 
 class Client:
     """The calls of one account, each with a deadline, none repeated here. Raises `pubsub_wire`'s errors only.
 
-    Made and used in one event loop. Calls go by one connection, streams by others.
+    Made and used in one event loop. Calls go by one connection, streams by others. A key that is refused is read again, once its
+    file is another: keys are rotated while messages are held.
     """
 
-    def __init__(
-        self, account: PubsubAccount, credentials: service_account.Credentials | None, times: PubsubTimes
-    ) -> None:
+    def __init__(self, account: PubsubAccount, key: Key, times: PubsubTimes) -> None:
         self._account = account
-        self._credentials = credentials
+        self._key = key
         self._times = times
         self._options = _options(times)
+        self._former: list[grpc.aio.Channel] = []  #: opened by an earlier key; calls may be under way there
+        self._reading: asyncio.Task[None] | None = None
+        self._closed = False
+        self._down = False
+        self._open()
+
+    def _open(self) -> None:
         self._calls = self._channel()
         self._subscriber = SubscriberAsyncClient(
             transport=SubscriberGrpcAsyncIOTransport(channel=self._calls)
         )
         self._publisher = PublisherAsyncClient(transport=PublisherGrpcAsyncIOTransport(channel=self._calls))
         self._pool: list[StreamChannel] = []
-        self._closed = False
-        self._down = False
+
+    @property
+    def _channels(self) -> list[grpc.aio.Channel]:
+        return [self._calls, *(one.channel for one in self._pool)]
 
     async def close(self) -> None:
         """Close every connection. Idempotent."""
         self._closed = True
-        await asyncio.gather(
-            *(channel.close() for channel in (self._calls, *(one.channel for one in self._pool)))
-        )
+        if self._reading is not None:
+            self._reading.cancel()
+        await asyncio.gather(*(channel.close() for channel in (*self._channels, *self._former)))
 
     async def work_subscriptions(self) -> list[str]:
         """The short names of the subscriptions that messages can be pulled from. One request per thousand."""
@@ -160,10 +176,19 @@ class Client:
         host, colon, _ = endpoint.partition(":")
         return grpc_helpers_async.create_channel(
             endpoint if colon else f"{endpoint}:443",
-            credentials=self._credentials,
+            credentials=self._key.credentials,
             default_host=host,
             options=self._options,
         )
+
+    async def _read_key_again(self) -> None:
+        """A file that is gone or damaged leaves the key as it is: the account was removed, and its runs go on to their end."""
+        with contextlib.suppress(wire.Away):
+            key = await asyncio.to_thread(load, self._account)
+            if key.written != self._key.written and not self._closed:
+                self._key = key
+                self._former += self._channels
+                self._open()
 
     @contextlib.contextmanager
     def _told(self, *, lease: bool = False) -> Iterator[None]:
@@ -177,6 +202,8 @@ class Client:
             if isinstance(ours, wire.Away) and not self._down and not self._closed:
                 self._down = True
                 log.warning("pubsub does not answer", account=self._account.label, error=str(ours))
+            if isinstance(ours, wire.Away) and ours.refused and (not self._reading or self._reading.done()):
+                self._reading = asyncio.create_task(self._read_key_again(), name="read key again")
             raise ours from error
         if self._down:
             self._down = False

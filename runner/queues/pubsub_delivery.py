@@ -45,6 +45,9 @@ class PubsubDelivery(base.Delivery):
             attempts=_count(received.attributes, "attempt"),
             headers=received.attributes,
         )
+        self.deliveries = max(
+            0, received.attempt - 1
+        )  # counted where the subscription has a dead-letter policy
         self.message_id = received.message_id
         self._ack_id = received.ack_id
         self._client = client

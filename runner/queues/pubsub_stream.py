@@ -72,6 +72,8 @@ class Stream:
                     return
                 response = reading.result()
                 if response is grpc.aio.EOF:
+                    if not self._finish.is_set():
+                        raise wire.Away("the stream was ended")
                     return
                 if response.received_messages:
                     yield _received(response)

@@ -25,6 +25,7 @@ from runner.queues import (
     rabbitmq_consumer,
     rabbitmq_leases,
     rabbitmq_management,
+    rabbitmq_places,
     rabbitmq_publishing,
 )
 
@@ -51,11 +52,13 @@ class RabbitmqBackend(base.QueueBackend):
         account: str | None = None,
         lease: config.RmqLease | None = LEASE,
         owner: str | None = None,
+        standing: int = rabbitmq_places.STANDING,
     ) -> None:
         """`owner` names this daemon in leases, the same after a restart; without `lease` messages are held by channels only.
 
         `url` is amqp or amqps with pika's parameters in its query, credentials percent-encoded once.
 
+        Of `standing` queues at the most it has a consumer at a time; others are watched (docs/performance.md).
         `management_url` defaults to port 15672 (15671 with TLS) of the same host, and to the same credentials.
         Raises `errors.UsageError`, without the URL in its text.
         """
@@ -73,12 +76,15 @@ class RabbitmqBackend(base.QueueBackend):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._consuming: dict[str, rabbitmq_connection.Link] = {}
         self._publishing: dict[str, rabbitmq_publishing.Publisher] = {}
+        self._gates: dict[rabbitmq_connection.Link, asyncio.Semaphore] = {}
+        self._places = rabbitmq_places.Places(standing, self._count)
         self._consumers: set[rabbitmq_consumer.RabbitmqConsumer] = set()
         self._durable: dict[base.QueueRef, bool] = {}
         self._quorum: set[tuple[str, str]] = set()
         self._terms = lease
         self._owner = owner or f"{socket.gethostname()}-{secrets.token_hex(4)}"
         self._leases: dict[str, rabbitmq_leases.Leases] = {}
+        self._unknown: set[base.QueueRef] = set()  # the next list of all queues tells of these
         self._learning: set[asyncio.Task[None]] = set()
         self._learners = asyncio.Semaphore(LEARNING_AT_ONCE)
 
@@ -91,6 +97,7 @@ class RabbitmqBackend(base.QueueBackend):
         """Close the connections, which gives back what is still held, and end the thread."""
         for task in self._learning:
             task.cancel()
+        await self._places.aclose()
         for consumer in tuple(self._consumers):
             consumer.fail(self._unavailable("the account was closed"))
         for leases in self._leases.values():
@@ -109,11 +116,15 @@ class RabbitmqBackend(base.QueueBackend):
         ]
 
     async def consumer(self, queue: base.QueueRef) -> rabbitmq_consumer.RabbitmqConsumer:
-        """As the contract says; it gets a channel of its own at its first `next`."""
+        """As the contract says; it gets a channel of its own at its first `next`, or when its queue has messages."""
+        link = self._consuming_link(queue.vhost)
         consumer = rabbitmq_consumer.RabbitmqConsumer(
             queue,
             self._crossing(),
-            self._consuming_link(queue.vhost),
+            link,
+            self._gates.setdefault(link, asyncio.Semaphore(rabbitmq_channels.OPENING_AT_ONCE)),
+            places=self._places,
+            key=self._key(queue),
             leases=self._leases_of(queue.vhost),
             is_quorum=functools.partial(self._is_quorum, queue.vhost),
             on_first=self._learn_soon,
@@ -234,16 +245,18 @@ class RabbitmqBackend(base.QueueBackend):
     def _learn_soon(self, queue: base.QueueRef) -> None:
         """The queue may be another one of the same name: forget what is known of it, and ask again beside the work."""
         self._durable.pop(queue, None)
+        if self._places.looking:  # a request for each of thousands would cost far more than what it tells
+            self._unknown.add(queue)
+            return
         task = asyncio.create_task(self._learn(queue), name=f"learn {queue}")
         self._learning.add(task)
         task.add_done_callback(self._learning.discard)
 
     async def _learn(self, queue: base.QueueRef) -> None:
         """Ask whether the queue is durable, and of what type. Not to know is no failure: a user without the tag can never know."""
-        vhost = queue.vhost or self._parameters.virtual_host
         try:
             async with self._learners:
-                found = await self._management.queue(vhost, queue.name)
+                found = await self._management.queue(*self._key(queue))
         except errors.QueueUnavailable as error:
             log.debug(
                 "whether a queue is durable, and of what type, is not known",
@@ -252,8 +265,27 @@ class RabbitmqBackend(base.QueueBackend):
             )
             return
         if found is not None:
-            self._durable[queue] = found.durable
-            (self._quorum.add if found.quorum else self._quorum.discard)((vhost, queue.name))
+            self._learnt(queue, found)
+
+    def _learnt(self, queue: base.QueueRef, facts: rabbitmq_management.QueueFacts) -> None:
+        self._durable[queue] = facts.durable
+        (self._quorum.add if facts.quorum else self._quorum.discard)(self._key(queue))
+
+    async def _count(self) -> dict[rabbitmq_places.Key, int | None]:
+        """The messages that wait in each queue. What is known of queues is brought up to date on the way."""
+        unknown, self._unknown = self._unknown, set()
+        try:
+            listed = await self._management.queues()
+        except errors.QueueUnavailable:
+            self._unknown |= unknown
+            raise
+        for queue in unknown:
+            if (one := listed.get(self._key(queue))) is not None and one.facts is not None:
+                self._learnt(queue, one.facts)
+        return {key: one.ready for key, one in listed.items()}
+
+    def _key(self, queue: base.QueueRef) -> rabbitmq_places.Key:
+        return queue.vhost or self._parameters.virtual_host, queue.name
 
 
 def parameters(url: str) -> pika.URLParameters:

@@ -24,6 +24,9 @@ log = structlog.get_logger(__name__)
 
 CONSUMER_TIMEOUT_FROM = (4, 3)
 CONSUMER_TIMEOUT_MS = 30 * 24 * 3600 * 1000
+OPENING_AT_ONCE = (
+    32  #: channels of one connection: hundreds are opened at the start, and after each broken connection
+)
 
 _LIMIT = re.compile(r"acknowledgement .*timed out\. Timeout value used: (\d+) ms")
 
@@ -77,6 +80,7 @@ class Events:
     limit: Callable[
         [float], None
     ]  #: the broker lets a message be held for so many seconds: it has just enforced it
+    crowded: Callable[[int], None]  #: the connection has as many channels as it may: so many
 
 
 class Subscription:
@@ -88,15 +92,22 @@ class Subscription:
     """
 
     def __init__(
-        self, link: wire.Link, queue: str, events: Events, is_quorum: Callable[[str], bool] = lambda _: False
+        self,
+        link: wire.Link,
+        gate: asyncio.Semaphore,
+        queue: str,
+        events: Events,
+        is_quorum: Callable[[str], bool] = lambda _: False,
     ) -> None:
-        """`is_quorum` tells whether a queue is known to be one."""
+        """`gate` is shared by the subscriptions of `link`; `is_quorum` tells whether a queue is known to be one."""
         self._link = link
+        self._gate = gate
         self._is_quorum = is_quorum
         self._queue = queue
         self._events = events
         self._wanted = False
         self._closed = False
+        self._retired = False  # it has no place: its channel is not kept for the next question
         self._channel: Channel | None = None
         self._fresh = True  # nothing has come on this channel yet
         self._tag: str | None = None  # from basic.consume until its cancel is confirmed
@@ -110,7 +121,14 @@ class Subscription:
     def want(self) -> None:
         """Ask for one message; `Events.message` or `Events.gone` answers. Goes on through broken connections."""
         self._wanted = True
+        self._retired = False
         self._advance()
+
+    def retire(self) -> None:
+        """`unwant`, and close the channel once it holds no message. A message that is on its way still arrives."""
+        self._retired = True
+        self.unwant()
+        self.close_if_done()
 
     def unwant(self) -> None:
         """Ask no more. A message that is on its way still arrives."""
@@ -140,7 +158,8 @@ class Subscription:
 
     def close_if_done(self) -> None:
         """Close the channel when nobody needs it any more."""
-        if self._closed and not self._held and self._channel is not None and self._tag is None:
+        unneeded = self._closed or self._retired
+        if unneeded and not self._held and self._channel is not None and self._tag is None:
             wire.discard(self._channel)
 
     def _advance(self) -> None:
@@ -162,8 +181,11 @@ class Subscription:
             if self._failures:
                 await asyncio.sleep(wire.backoff(self._failures - 1, wire.REFUSED_DELAY_SECS))
             try:
-                channel = await self._link.channel()
+                async with self._gate:
+                    channel = await self._link.channel()
             except exceptions.AMQPError as error:
+                if isinstance(error, exceptions.NoFreeChannels):
+                    self._events.crowded(self._link.channel_max)
                 self._note_failure(error)
                 continue
             break
@@ -253,8 +275,8 @@ class Subscription:
 
     def _note_failure(self, error: BaseException) -> None:
         self._failures += 1
-        # What breaks with its connection has been said once, for all queues, by the link.
-        own = isinstance(error, (exceptions.ChannelClosedByBroker, exceptions.NoFreeChannels))
+        # What concerns all queues of the connection has been said once: by the link, and by who hears `crowded`.
+        own = isinstance(error, exceptions.ChannelClosedByBroker)
         emit = log.warning if own and self._failures == 1 else log.debug
         emit("a queue's channel failed", link=self._link.label, queue=self._queue, error=wire.describe(error))
 

@@ -205,6 +205,11 @@ class Link:
         numbers = re.match(r"\d+(\.\d+)*", str(properties.get("version", "")))
         return tuple(int(number) for number in numbers[0].split(".")) if numbers else ()
 
+    @property
+    def channel_max(self) -> int:
+        """How many channels the connection may have, as agreed with the broker; 0 before there was one."""
+        return int(self._connection.params.channel_max) if self._connection is not None else 0
+
     def saw(self, queue: str) -> None:
         """The queue is there, now."""
         self.seen[queue] = self.generation

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
     from runner import errors
-    from runner.queues import rabbitmq_leases
+    from runner.queues import rabbitmq_leases, rabbitmq_places
 
 log = structlog.get_logger(__name__)
 
@@ -65,6 +65,7 @@ class RabbitmqDelivery(base.Delivery):
             headers={key: str(value) for key, value in headers.items()},
         )
         self.by_broker = redelivered
+        self.deliveries = rabbitmq_lease.count(headers.get("x-delivery-count"))  # of quorum queues
         self.vetted = False  #: it is known that no lease has its message
         self._lane = crossing.lane
         self._ended = False
@@ -123,17 +124,24 @@ class RabbitmqConsumer(base.Consumer):
         queue: base.QueueRef,
         crossing: Crossing,
         link: rabbitmq_connection.Link,
+        gate: asyncio.Semaphore,
         *,
+        places: rabbitmq_places.Places,
+        key: rabbitmq_places.Key,
         leases: rabbitmq_leases.Leases | None,
         is_quorum: Callable[[str], bool],
         on_first: Callable[[base.QueueRef], None],
         on_close: Callable[[RabbitmqConsumer], None],
     ) -> None:
-        """`on_first` hears of the first message of each channel, `on_close` of the end; both in the daemon's loop.
+        """`gate` bounds how many channels of `link` are opened at a time; `key` names the queue to `places`.
+
+        `on_first` hears of the first message of each channel, `on_close` of the end; both in the daemon's loop.
 
         `is_quorum` tells whether a queue is known to be one; without `leases` messages are held by their channels only.
         """
         self._queue = queue
+        self.key = key
+        self._places = places
         self._leases = leases
         self._crossing = crossing
         self._lane = crossing.lane
@@ -141,11 +149,13 @@ class RabbitmqConsumer(base.Consumer):
         self._on_close = on_close
         self._subscription = rabbitmq_channels.Subscription(
             link,
+            gate,
             queue.name,
             rabbitmq_channels.Events(
                 message=self._cross,
                 gone=functools.partial(crossing.tell, self._vanish),
                 limit=lambda secs: None if leases is None else leases.learn_limit(secs),
+                crowded=functools.partial(crossing.tell, self._shrink),
             ),
             is_quorum,
         )
@@ -153,6 +163,8 @@ class RabbitmqConsumer(base.Consumer):
         self._wake: asyncio.Future[None] | None = None
         self._failure: errors.QueueUnavailable | None = None
         self._closed = False
+        self._used = False  # the thread has heard of it
+        self._asking = False  # ... and has been asked, or is being asked no more
 
     async def next(self) -> base.Delivery:
         """As the contract says. Raises `errors.QueueUnavailable` only when the account is closed under it."""
@@ -169,18 +181,40 @@ class RabbitmqConsumer(base.Consumer):
 
     async def pause(self) -> None:
         """As the contract says; returns when the broker has confirmed that nothing more comes."""
-        await self._settle(self._subscription.rest)
+        if self._asking or self._arrived:
+            await self._settle(self._subscription.rest)
 
     async def close(self) -> None:
         """As the contract says; the channel closes with the last of its deliveries."""
         if not self._closed:
             self._closed = True
             self._on_close(self)
-            await self._settle(self._subscription.close)
+            self._places.leave(self)
+            if self._used:
+                await self._settle(self._subscription.close)
 
     def fail(self, error: errors.QueueUnavailable) -> None:
         """The account is closed: whoever waits in `next` gets this error."""
         self._failure = error
+        self._look_up()
+
+    @property
+    def waiting(self) -> bool:
+        """For `Places`: whether somebody is in `next`."""
+        return self._wake is not None
+
+    def placed(self) -> None:
+        """For `Places`: whoever waits in `next` asks the broker from now on."""
+        self._look_up()
+
+    def displaced(self) -> None:
+        """For `Places`: ask the broker no more; what is on its way still arrives."""
+        if self._used:
+            self._lane.post(self._subscription.retire)
+        self._look_up()
+
+    def _look_up(self) -> None:
+        """Whoever waits in `next` looks again what there is for him."""
         if self._wake is not None:
             rabbitmq_connection.settle(self._wake, None)
 
@@ -212,13 +246,16 @@ class RabbitmqConsumer(base.Consumer):
         return not held
 
     async def _ask(self) -> None:
-        """Wait until something has arrived. Raises `QueueGone`."""
+        """Wait until something has arrived, or its place has been given or taken. Raises `QueueGone`."""
         self._wake = self._crossing.loop.create_future()
-        self._lane.post(self._subscription.want)
+        if self._places.ask(self):
+            self._used = self._asking = True
+            self._lane.post(self._subscription.want)
         try:
             await self._wake
         except (asyncio.CancelledError, base.QueueGone):
-            self._lane.post(self._subscription.unwant)
+            if self._asking:
+                self._lane.post(self._subscription.unwant)
             raise
         finally:
             self._wake = None
@@ -226,6 +263,7 @@ class RabbitmqConsumer(base.Consumer):
     async def _settle(self, stop: Callable[[], Awaitable[None]]) -> None:
         try:
             await self._lane.call(stop, limit=HANDOVER_SECS)
+            self._asking = False
         except TimeoutError:
             log.warning("the broker does not confirm that it sends no more", queue=str(self._queue))
         except rabbitmq_connection.Closed:
@@ -248,10 +286,14 @@ class RabbitmqConsumer(base.Consumer):
 
     def _arrive(self, delivery: RabbitmqDelivery, first: bool) -> None:
         self._arrived.append(delivery)
+        self._places.active(self)
         if first:
             self._on_first(self._queue)
-        if self._wake is not None:
-            rabbitmq_connection.settle(self._wake, None)
+        self._look_up()
+
+    def _shrink(self, channels: int) -> None:
+        """Half of the channels, at most, are for those that wait; messages that are held need theirs, too."""
+        self._places.shrink(max(1, channels // 2))
 
     def _vanish(self) -> None:
         if self._wake is not None:

@@ -11,7 +11,7 @@ import socket
 import ssl
 import time
 import urllib.parse
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -31,6 +31,13 @@ class QueueFacts:
 
     durable: bool  #: it survives its broker
     quorum: bool  #: it is replicated
+
+
+class Listed(NamedTuple):
+    """A queue in the list of all."""
+
+    ready: int | None  #: messages that wait, as of some seconds ago; None where that is not told
+    facts: QueueFacts | None  #: None where they are not told
 
 
 class Management:
@@ -69,6 +76,18 @@ class Management:
         status, body = await self._get("/api/bindings")
         return await asyncio.to_thread(_work_queues, self._answer(status, body))
 
+    async def queues(self) -> dict[tuple[str, str], Listed]:
+        """Every (vhost, queue) there is, with the messages that wait in it.
+
+        One request whatever the number of vhosts and queues. Raises `errors.QueueUnavailable`.
+        """
+        # Without the statistics it costs the broker half; brokers that do not know these words ignore them.
+        status, body = await self._get(
+            "/api/queues?disable_stats=true&enable_queue_totals=true"
+            "&columns=vhost,name,durable,type,messages_ready"
+        )
+        return await asyncio.to_thread(_listed, self._answer(status, body))
+
     async def queue(self, vhost: str, queue: str) -> QueueFacts | None:
         """What kind of queue that is; None when there is no such queue. Raises `errors.QueueUnavailable`."""
         path = "/".join(urllib.parse.quote(part, safe="") for part in (vhost, queue))
@@ -76,9 +95,7 @@ class Management:
         if status == http.HTTPStatus.NOT_FOUND:
             return None
         answer = orjson.loads(self._answer(status, body))
-        if not isinstance(answer, dict) or not isinstance(durable := answer.get("durable"), bool):
-            return None
-        return QueueFacts(durable=durable, quorum=answer.get("type") == "quorum")
+        return _facts(answer) if isinstance(answer, dict) else None
 
     def _answer(self, status: int, body: bytes) -> bytes:
         if status == http.HTTPStatus.OK:
@@ -134,17 +151,33 @@ def bracket(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def _work_queues(body: bytes) -> list[tuple[str, str]]:
+def _list(body: bytes) -> list[Any]:
     try:
-        bindings = orjson.loads(body)
+        found = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise errors.QueueUnavailable(f"the management API's answer is not JSON: {error}") from error
-    found = (
-        {work for binding in bindings if (work := _work_queue(binding))}
-        if isinstance(bindings, list)
-        else set()
-    )
-    return sorted(found)
+    return found if isinstance(found, list) else []
+
+
+def _work_queues(body: bytes) -> list[tuple[str, str]]:
+    return sorted({work for binding in _list(body) if (work := _work_queue(binding))})
+
+
+def _listed(body: bytes) -> dict[tuple[str, str], Listed]:
+    found = {}
+    for queue in _list(body):
+        if isinstance(queue, dict):
+            ready = queue.get("messages_ready")
+            found[str(queue.get("vhost")), str(queue.get("name"))] = Listed(
+                ready if isinstance(ready, int) else None, _facts(queue)
+            )
+    return found
+
+
+def _facts(queue: dict[str, Any]) -> QueueFacts | None:
+    if not isinstance(durable := queue.get("durable"), bool):
+        return None
+    return QueueFacts(durable=durable, quorum=queue.get("type") == "quorum")
 
 
 def _work_queue(binding: Any) -> tuple[str, str] | None:

@@ -62,6 +62,9 @@ class SqsBackend(base.QueueBackend):
         self._consumers: set[SqsConsumer] = set()
         self._held: set[SqsDelivery] = set()
         self._beside: set[asyncio.Task[bool]] = set()
+        self._under_way: dict[
+            asyncio.Task[tuple[float, float, Received | None]], str
+        ] = {}  # polls, their queues
         self._closed = threading.Event()
 
     async def open(self) -> None:
@@ -70,13 +73,20 @@ class SqsBackend(base.QueueBackend):
             await self._keeper.open()
 
     async def aclose(self) -> None:
-        """Give back what is held. A poll under way dies with the process: what SQS still gives it comes back in a minute."""
+        """Give back what is held. A poll under way dies with the process: what SQS still gives it comes back in a minute.
+
+        But for polls of queues into which something was put back just now: those are waited for, as they may be what gets it.
+        """
         self._closed.set()
         for consumer in tuple(self._consumers):
             consumer.fail(errors.QueueUnavailable(f"{self.account}: closed", endpoint=self.account))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_SECS):
                 await asyncio.gather(*[delivery.give_up() for delivery in tuple(self._held)], *self._beside)
+                since = clock() - self._timing.poll_secs
+                filled = {name for name, when in self._service.filled.items() if when > since}
+                if polls := [poll for poll, name in self._under_way.items() if name in filled]:
+                    await asyncio.wait(polls)
         if self._keeper is not None:
             await self._keeper.aclose()
         self._service.close()
@@ -130,8 +140,11 @@ class SqsBackend(base.QueueBackend):
         await self._access.call(self._service.send, queue.name, text_of(body))
 
     async def _receive(self, queue: base.QueueRef) -> SqsDelivery | None:
-        """One long poll."""
-        asked, until, received = await self._polls.run(self._poll, queue.name)
+        """One long poll. Cancelling it leaves the poll itself under way."""
+        poll = asyncio.create_task(self._polls.run(self._poll, queue.name), name=f"long poll {queue}")
+        self._under_way[poll] = queue.name
+        poll.add_done_callback(self._poll_ended)
+        asked, until, received = await asyncio.shield(poll)
         if received is None:
             return None
         delivery = SqsDelivery(
@@ -148,6 +161,8 @@ class SqsBackend(base.QueueBackend):
 
     def _poll(self, name: str) -> tuple[float, float, Received | None]:
         """In a thread. When it was asked, until when the message is ours at least, and the message."""
+        if self._closed.is_set():  # while it waited for its turn
+            return 0.0, 0.0, None
         queues = max(1, self._polls.asking)
         wait_secs = max(1, self._timing.poll_secs * min(queues, POLLS) // queues)
         # Chosen at the very start of a poll that was answered at its end, it is still ours for the whole time.
@@ -158,6 +173,11 @@ class SqsBackend(base.QueueBackend):
             self._service.hold(name, received.handle, 0)
             received = None
         return asked, asked + visibility_secs, received
+
+    def _poll_ended(self, poll: asyncio.Task[tuple[float, float, Received | None]]) -> None:
+        del self._under_way[poll]
+        if not poll.cancelled():
+            poll.exception()  # when its consumer has gone, an error concerns nobody
 
     def _give_back(self, delivery: base.Delivery) -> None:
         task = asyncio.create_task(delivery.requeue(), name=f"give back {delivery.queue}")

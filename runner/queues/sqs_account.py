@@ -32,11 +32,19 @@ class SqsKeys:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SqsProfile:
-    """A profile of AWS's own two files. They are read when the account is first used, and again with a new backend."""
+    """A profile of AWS's own two files. They are read when the account is first used, and again when AWS refuses what they said."""
 
     credentials_file: Path
     config_file: Path
     name: str = "default"
+
+    def written(self) -> tuple[tuple[int, int, int], ...] | None:
+        """What changes when somebody writes or replaces a file; None when one is missing."""
+        try:
+            found = [path.stat() for path in (self.credentials_file, self.config_file)]
+        except OSError:
+            return None
+        return tuple((each.st_ino, each.st_size, each.st_mtime_ns) for each in found)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,9 @@ log = structlog.get_logger(__name__)
 UNREACHABLE_DELAY_SECS = (
     5.0  #: longest pause while nobody answers: a broker that returns is used within seconds
 )
+SILENT_FAILURES = (
+    5  #: so many in a row, some ten seconds, are no news: discovery tells of an account that is away
+)
 REFUSED_DELAY_SECS = 30.0  #: longest pause while we are refused: asking again changes little
 
 
@@ -103,7 +106,7 @@ class SqsConsumer(base.Consumer):
                 delivery = await self._receive(self._queue)
             except errors.QueueUnavailable as error:
                 refused = isinstance(error, AccountRefused)
-                if refused and not failures:
+                if failures == (0 if refused else SILENT_FAILURES):
                     log.warning("queue cannot be received from", queue=str(self._queue), error=str(error))
                 await asyncio.sleep(
                     backoff(failures, REFUSED_DELAY_SECS if refused else UNREACHABLE_DELAY_SECS)

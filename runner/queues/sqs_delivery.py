@@ -29,6 +29,8 @@ log = structlog.get_logger(__name__)
 
 ACK_SECS = 60.0  #: an acknowledgement is tried for so long, while the hold lasts
 
+LATE_SECS = 2.0  #: the end of a hold that is noticed later than that was slept through
+
 _NO_ANSWER = (base.QueueGone, errors.QueueUnavailable)
 
 
@@ -53,6 +55,7 @@ class SqsDelivery(base.Delivery):
             redelivered=received.receives > 1 or received.attempts is not None,
             attempts=received.attempts or 0,
         )
+        self.deliveries = received.receives - 1
         self._received = received
         self._access = access
         self._since = since
@@ -120,7 +123,8 @@ class SqsDelivery(base.Delivery):
         self._on_end(self)
         return True
 
-    def _lose(self) -> None:
+    def _lose(self, *, superseded: bool = False) -> None:
+        self.superseded = superseded
         self.lost.set()
         self._on_end(self)
 
@@ -167,7 +171,7 @@ class SqsDelivery(base.Delivery):
             log.warning(
                 "a message is not held any more", queue=str(self.queue), held_secs=round(now - self._since)
             )
-            self._lose()
+            self._lose(superseded=self._was_asleep(now))
         elif self._keeper is not None and now >= self._hand_over_at():
             await self._hand_over(self._keeper)
         else:
@@ -183,6 +187,11 @@ class SqsDelivery(base.Delivery):
                 log.debug(
                     "a message could not be held for longer yet", queue=str(self.queue), error=str(error)
                 )
+
+    def _was_asleep(self, now: float) -> bool:
+        """Whether this process did not run when the hold ended: another runner may have the message since. No outage is that late."""
+        silence_secs = self._access.timing.call_secs if self._retrying else 0.0
+        return now - self._until > silence_secs + LATE_SECS
 
     async def _hand_over(self, keeper: Keeper) -> None:
         """Keep the message here, and delete it there (LEASE.md). From the first try on it counts as deleted.

@@ -17,6 +17,7 @@ from uuid import uuid4
 
 from runner import errors
 from runner.queues import base, sqs_account
+from runner.queues.sqs_access import clock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -36,6 +37,7 @@ _LOST = frozenset(
 )
 _INVALID = frozenset({"InvalidMessageContents", "InvalidParameterValue", "MissingParameter"})
 _TOO_LONG = "beyond the limit"  # 12 hours; told as InvalidParameterValue
+_NO_MESSAGE = "not available for visibility"  # purged, or its retention is over; told as that, too
 _REFUSED = {
     "InvalidClientTokenId": "AWS does not know this access key",
     "InvalidAccessKeyId": "AWS does not know this access key",
@@ -89,13 +91,22 @@ class Service:
         self._call_secs = call_secs
         self._poll_secs = poll_secs
         self._at_once = at_once
-        self._making = threading.Lock()
+        self._making = threading.RLock()
         self._clients: tuple[Any, Any] | None = None
+        self._written: object = None  #: of the files that the clients were made of
         self._urls: dict[str, str] = {}
+        self.filled: dict[
+            str, float
+        ] = {}  #: queue -> when a message last became visible in it by us (`clock`)
 
     def names(self) -> list[str]:
         """Every queue of the account; a request per thousand."""
-        return self._names()
+        found = self._names()
+        there = frozenset(found)
+        # Queues come and go for years, with names that never come again.
+        self._urls = {name: url for name, url in self._urls.copy().items() if name in there}
+        self.filled = {name: when for name, when in self.filled.copy().items() if name in there}
+        return found
 
     def is_listed(self, name: str) -> bool:
         """Whether the account's list has a queue of exactly that name."""
@@ -141,6 +152,8 @@ class Service:
                 QueueUrl=url, ReceiptHandle=handle, VisibilityTimeout=math.ceil(secs)
             )
         self._checked(answer)
+        if secs <= 0:
+            self.filled[name] = clock()
 
     def delete(self, name: str, handle: str) -> None:
         """Remove the message. Raises `HoldLost` where SQS says so; standard queues do not tell of an old handle."""
@@ -176,6 +189,7 @@ class Service:
         with self._translated(name, sending=True):
             answer = self._once().send_message(QueueUrl=url, MessageBody=body, **more)
         self._checked(answer, "MessageId")
+        self.filled[name] = clock()
 
     def close(self) -> None:
         """Close the idle connections. Calls under way end by themselves."""
@@ -227,6 +241,7 @@ class Service:
                 # They tell every request, headers and session token included, at "debug".
                 logging.getLogger("botocore").setLevel(logging.WARNING)
                 with self._translated(""):
+                    self._written = self._now_written()
                     connector = sqs_account.Connector(self._account)
                     common: Mapping[str, Any] = {
                         "connect_timeout": _CONNECT_SECS,
@@ -247,6 +262,19 @@ class Service:
                     )
             return self._clients
 
+    def _now_written(self) -> object:
+        return self._account.profile.written() if self._account.profile else None
+
+    def _read_again(self) -> None:
+        """The next call reads the account's files, if they are others by now: keys are rotated while messages are held.
+
+        Files that are gone leave what was read: the account was removed, and its runs go on to their end.
+        """
+        now = self._now_written()
+        with self._making:
+            if now is not None and now != self._written:
+                self._clients = None
+
     @contextlib.contextmanager
     def _translated(self, queue: str, *, sending: bool = False) -> Iterator[None]:
         from botocore import exceptions
@@ -257,6 +285,8 @@ class Service:
             code, said = _told(error.response.get("Error", {}))
             if code in _GONE:
                 self._urls.pop(queue, None)
+            elif code in _REFUSED:
+                self._read_again()
             raise self._meaning(
                 code,
                 said,
@@ -265,6 +295,7 @@ class Service:
                 sending=sending,
             ) from error
         except (exceptions.NoCredentialsError, exceptions.PartialCredentialsError) as error:
+            self._read_again()
             raise self._refused("there is no complete access key in its credentials") from error
         except exceptions.ProfileNotFound as error:
             raise self._refused(f"its files have no profile {self._profile_name()!r}") from error
@@ -285,7 +316,7 @@ class Service:
         if code in _INVALID:
             if _TOO_LONG in said:
                 return HoldAtItsEnd(queue)
-            if "expired" in said:  # the receipt handle
+            if "expired" in said or _NO_MESSAGE in said:  # the receipt handle; its message
                 return HoldLost(queue)
             if sending:
                 return errors.MalformedMessage(f"SQS does not take this message for {queue}: {said}")
@@ -293,6 +324,8 @@ class Service:
             return self._refused(f"{_REFUSED[code]} ({code})")
         if code in _DENIED:
             return self._refused(f"these credentials do not allow it: {said}")
+        if code.lower().startswith("kms") and "throttl" not in code.lower():
+            return self._refused(f"the key that encrypts {queue} cannot be used: {said} ({code})")
         return self._unavailable(f"{code or 'no reason given'} (status {status}) {said}")
 
     def _profile_name(self) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import itertools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from runner import errors, units
 from runner.request.model import Resources
@@ -34,6 +34,7 @@ class Allocation:
 class _Waiter:
     ask: Resources
     rank: Callable[[], float]
+    keeps: bool  #: what has become free is kept for it
     granted: asyncio.Future[Allocation]
 
 
@@ -70,6 +71,13 @@ class Allocator:
         )
 
     @property
+    def room(self) -> Resources:
+        """What a newcomer could be granted now: `free`, less what is kept for one that has waited for long."""
+        keepers = [waiter for waiter in self._waiters if waiter.keeps]
+        first = min(keepers, key=lambda waiter: waiter.rank(), default=None)
+        return _less(self.free, first)
+
+    @property
     def held(self) -> int:
         """How many allocations are out."""
         return len(self._held)
@@ -96,30 +104,47 @@ class Allocator:
         """Whether `allocate` would grant it now."""
         return not self.lacking(ask, self.free)
 
-    def allocate(self, ask: Resources) -> Allocation:
-        """Reserve all of it, or nothing.
+    def allocate(self, ask: Resources, *, instead_of: Allocation | None = None) -> Allocation:
+        """Reserve all of it, or nothing. `instead_of` is given up for it, whatever comes of it; first of all to this ask.
 
         Raises:
             errors.NeverFits: this machine as a whole has less, or has less to give while nothing runs on it.
             errors.NoCapacity: it has, but not now.
         """
+        if instead_of is not None and self._held.pop(instead_of.number, None) is not None:
+            try:
+                fits = not self.lacking(ask, instead_of.amounts)
+                return self._reserve(ask) if fits else self.allocate(ask)
+            finally:
+                self._grant()
+                self._changed()
         self.check(ask)
         if short := self.lacking(ask, self.free):
             if not self._held:  # a disk that others have filled: no run that ends will change that
                 raise errors.NeverFits(f"more than this machine has to give: {short}")
             raise errors.NoCapacity(f"not enough room now: {short}", lacking=short)
-        allocation = Allocation(number=next(self._numbers), amounts=self.normalise(ask), allocator=self)
-        self._held[allocation.number] = allocation
-        self._changed()
-        return allocation
+        if short := self.lacking(ask, self.room):
+            raise errors.NoCapacity(f"room is kept for what has waited for long: {short}", lacking=short)
+        return self._reserve(ask)
 
     def check(self, ask: Resources) -> None:
         """Raises `errors.NeverFits` when this machine as a whole has less than `ask`."""
         if short := self.lacking(ask, self.total):
             raise errors.NeverFits(f"more than this machine has: {short}")
 
-    async def acquire(self, ask: Resources, *, rank: Callable[[], float], timeout_secs: float) -> Allocation:
+    async def acquire(
+        self,
+        ask: Resources,
+        *,
+        rank: Callable[[], float],
+        timeout_secs: float,
+        keeps: bool = False,
+        unless: asyncio.Future[Any] | None = None,
+    ) -> Allocation:
         """As `allocate`, but wait for room. Among those that fit what has become free, the lowest `rank()` goes first.
+
+        `keeps`: while it waits, what becomes free is kept for it, and only what it does not need is granted to others.
+        The wait ends without result when `unless` is done.
 
         Raises:
             errors.NeverFits, and errors.NoCapacity when there was no room within `timeout_secs`.
@@ -128,30 +153,66 @@ class Allocator:
             return self.allocate(ask)
         except errors.NoCapacity as exc:
             refusal = exc
-        waiter = _Waiter(ask=ask, rank=rank, granted=asyncio.get_running_loop().create_future())
+        granted: asyncio.Future[Allocation] = asyncio.get_running_loop().create_future()
+        waiter = _Waiter(ask=ask, rank=rank, keeps=keeps, granted=granted)
         self._waiters.append(waiter)
+        if keeps:
+            self._changed()
+        ends: set[asyncio.Future[Any]] = {granted} if unless is None else {granted, unless}
         try:
-            await asyncio.wait({waiter.granted}, timeout=timeout_secs)
+            await asyncio.wait(ends, timeout=timeout_secs, return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:
-            if waiter.granted.done():
-                waiter.granted.result().release()
+            if granted.done():
+                granted.result().release()
             raise
         finally:
             if waiter in self._waiters:
                 self._waiters.remove(waiter)
-        if not waiter.granted.done():
+                if keeps:
+                    self._grant()
+                    self._changed()
+        if not granted.done():
             raise refusal
-        return waiter.granted.result()
+        return granted.result()
 
     def release(self, allocation: Allocation) -> None:
         """Give it back; does nothing for what is not out. `Allocation.release` is the usual way here."""
         if self._held.pop(allocation.number, None) is None:
             return
-        for waiter in sorted(self._waiters, key=lambda waiter: waiter.rank()):
-            if not waiter.granted.done() and self.fits(waiter.ask):
-                waiter.granted.set_result(self.allocate(waiter.ask))
+        self._grant()
         self._changed()
+
+    def _grant(self) -> None:
+        """Something has become free: whom it fits gets it."""
+        keeper: _Waiter | None = None
+        for waiter in sorted(self._waiters, key=lambda waiter: (not waiter.keeps, waiter.rank())):
+            if waiter.granted.done():
+                continue
+            if not self.lacking(waiter.ask, _less(self.free, keeper)):
+                self._waiters.remove(waiter)
+                waiter.granted.set_result(self._reserve(waiter.ask))
+            elif waiter.keeps and keeper is None:
+                keeper = waiter
+
+    def _reserve(self, ask: Resources) -> Allocation:
+        allocation = Allocation(number=next(self._numbers), amounts=self.normalise(ask), allocator=self)
+        self._held[allocation.number] = allocation
+        self._changed()
+        return allocation
 
     def _changed(self) -> None:
         for listener in self._listeners:
             listener()
+
+
+def _less(free: Resources, keeper: _Waiter | None) -> Resources:
+    """What is left of it for others than the keeper."""
+    if keeper is None:
+        return free
+    kept = Allocator.normalise(keeper.ask)
+    return dataclasses.replace(
+        free,
+        cpus=max(0, free.cpus - kept.cpus),
+        ram_bytes=max(0, free.ram_bytes - kept.ram_bytes),
+        hdd_bytes=max(0, free.hdd_bytes - kept.hdd_bytes),
+    )

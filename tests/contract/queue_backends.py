@@ -46,6 +46,9 @@ class QueueHarness(abc.ABC):
     delays: bool = True  #: `requeue(delay_secs)` is honoured by the backend
     redelivers_at_head: bool = True  #: what is given back comes before what was published later
     any_bytes: bool = True  #: bodies may be empty or binary; else they are text
+    limit_secs: float = (
+        0.0  #: how long the broker lets a message be held that nobody extends; 0: as long as the connection
+    )
 
     @abc.abstractmethod
     def connect(self) -> QueueBackend:
@@ -163,6 +166,7 @@ class PubsubHarness(QueueHarness):
     """A project of its own, reached through a proxy. A hold is lost by a network that is away for longer than the lease."""
 
     TIMES = PubsubTimes(lease_secs=2)
+    limit_secs = 2.0
 
     def __init__(self, port: int, way: Proxy, *, exactly_once: bool) -> None:
         self.server = PubsubServer(port, project=f"contract-{uuid.uuid4().hex[:12]}")
@@ -202,6 +206,7 @@ class SqsHarness(QueueHarness):
 
     TIMING = SqsTiming(poll_secs=2, visibility_secs=6, confirm_secs=0.5, retry_secs=0.5)
     any_bytes = False
+    limit_secs = 6.0
 
     def __init__(self, server: SqsServer, way: Proxy, keep: Path) -> None:
         self.server = server

@@ -30,7 +30,7 @@ LOOK = """
 import os, pathlib
 print(dict(os.environ))
 pid = os.getpid()
-for _ in range(2):  # the supervisor and the nursery; the daemon above them has what it was given
+for _ in range(3):  # the supervisor, its guard and the nursery; the daemon above them has what it was given
     pid = int(pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     print(pathlib.Path(f"/proc/{pid}/environ").read_bytes(), pathlib.Path(f"/proc/{pid}/cmdline").read_bytes())
 """

@@ -5,41 +5,27 @@ docs/leases.md; DESIGN.md rules 2, 3, 4, 5, 11 and 5.3.
 
 from __future__ import annotations
 
-import json
 import signal
-import tarfile
 import time
-import uuid
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
-from pika import exceptions
 
-from tests.e2e import messages
+from tests.e2e.work import Work, depth, leased, leases, serve, settled, work
 from tests.servers.rabbitmq import rabbitmq_server
 
 if TYPE_CHECKING:
-    import pathlib
     from collections.abc import Iterator
 
-    from tests.servers.daemon import Daemon, MakeDaemon
     from tests.servers.rabbitmq import RabbitmqServer
+
+__all__ = ["work"]  # fixtures
 
 pytestmark = [pytest.mark.service, pytest.mark.slow, pytest.mark.timeout(300)]
 
-#: Counts its starts, and goes on until it is told to end.
-SCRIPT = """
-import os, pathlib, time
-with open({starts!r}, "a") as file:
-    file.write(str(os.getpid()) + "\\n")
-print("begun", flush=True)
-while not pathlib.Path({go!r}).exists():
-    time.sleep(0.05)
-pathlib.Path("../modeldir/model").write_text("trained")
-print("done", flush=True)
-"""
-
 LIMIT_SECS = 8.0
+#: One that is frozen in the middle of a renewal holds the copy until the broker misses its heartbeats (docs/leases.md).
+ALERT = "?heartbeat=10"
 
 
 @pytest.fixture(scope="module")
@@ -50,91 +36,10 @@ def impatient() -> Iterator[RabbitmqServer]:
         yield server
 
 
-class Work:
-    """One experiment on directory storage that hosts share."""
-
-    def __init__(self, root: pathlib.Path) -> None:
-        self.storage = root / "shared-storage"
-        self.storage.mkdir()
-        self._starts = root / "starts"
-        self._go = root / "go"
-        script = SCRIPT.format(starts=str(self._starts), go=str(self._go))
-        self.body = messages.on_directory(self.storage, script, "k")
-        self.queue = f"rmq_{uuid.uuid4().hex[:12]}"
-
-    def publish(self, server: RabbitmqServer, kind: str = "classic", *, durable: bool = True) -> None:
-        server.declare(self.queue, durable=durable, arguments={"x-queue-type": kind})
-        server.publish(self.queue, self.body, persistent=True)
-
-    @property
-    def starts(self) -> int:
-        return len(self._starts.read_text().splitlines()) if self._starts.exists() else 0
-
-    def end(self) -> None:
-        self._go.touch()
-
-    def documents(self) -> list[dict[str, Any]]:
-        paths = sorted(self.storage.glob("metadata/scrape-host-*.json"))
-        return [json.loads(path.read_text()) for path in paths]
-
-    def statuses(self) -> list[str]:
-        return sorted(each["studioml"]["status"] for each in self.documents())
-
-    def output(self) -> str:
-        with tarfile.open(self.storage / "experiments/k/output.tar") as archive:
-            member = archive.extractfile("output")
-            assert member is not None
-            return member.read().decode()
-
-
-@pytest.fixture
-def work(tmp_path: pathlib.Path) -> Work:
-    return Work(tmp_path)
-
-
-def serve(daemons: MakeDaemon, server: RabbitmqServer, work: Work, *options: str, **env: str) -> Daemon:
-    return daemons(
-        f"--amqp-mgt-url={server.management_url}",
-        "--queue-refresh=1s",
-        f"--queue-match=^{work.queue}$",
-        *options,
-        env={"AMQP_URL": server.amqp_url} | env,
-    )
-
-
-def depth(server: RabbitmqServer, queue: str) -> int | None:
-    try:
-        return server.depth(queue)
-    except exceptions.ChannelClosedByBroker:
-        return None
-
-
-def leases(server: RabbitmqServer, work: Work) -> list[str]:
-    return [
-        each["name"]
-        for each in server.api("GET", "/api/queues/%2F")[1]
-        if each["name"].startswith("studio-runner.lease.")
-        and each["arguments"]["x-dead-letter-routing-key"] == work.queue
-    ]
-
-
-def leased(daemon: Daemon, server: RabbitmqServer, work: Work) -> bool:
-    """It runs, and its hand-over is over: only the lease holds its message."""
-    handed_over = daemon.log("a message is held by its lease from now on")
-    return bool(work.starts and handed_over and leases(server, work))
-
-
-def settled(daemon: Daemon, server: RabbitmqServer, work: Work) -> None:
-    """Nothing runs, waits or is leased."""
-    daemon.until(lambda: not daemon.get("/api/runs")["running"])
-    daemon.until(lambda: depth(server, work.queue) in {0, None})
-    daemon.until(lambda: not leases(server, work), 30)
-
-
 @pytest.mark.parametrize("kind", ["classic", "quorum"])
 def test_a_run_several_times_longer_than_the_limit_runs_once(daemons, impatient, work: Work, kind):
     work.publish(impatient, kind)
-    first, second = (serve(daemons, impatient, work, "--rmq-lease=5") for _ in range(2))
+    first, second = (serve(daemons, impatient, work, options=("--rmq-lease=5",)) for _ in range(2))
     first.until(lambda: work.starts)
     begun = time.monotonic()
     first.until(lambda: leases(impatient, work))
@@ -165,13 +70,13 @@ def test_without_being_told_the_limit_is_learned(daemons, impatient, work: Work)
 @pytest.mark.parametrize("kind", ["classic", "quorum"])
 def test_the_work_of_a_killed_runner_comes_back_within_the_lease_time(daemons, impatient, work: Work, kind):
     work.publish(impatient, kind)
-    killed = serve(daemons, impatient, work, "--rmq-lease=6")
+    killed = serve(daemons, impatient, work, options=("--rmq-lease=6",))
     killed.until(lambda: leased(killed, impatient, work))
-    other = serve(daemons, impatient, work, "--rmq-lease=6")
+    other = serve(daemons, impatient, work, options=("--rmq-lease=6",))
     killed.kill()
     at = time.monotonic()
     other.until(lambda: work.starts == 2)
-    assert time.monotonic() - at < 6 + 15  # the machine may be busy
+    assert time.monotonic() - at < 6 + 30  # the machine may be busy
     assert other.get("/api/runs")["running"][0]["attempt"] == 2  # counted by the lease
     work.end()
     settled(other, impatient, work)
@@ -184,7 +89,7 @@ def test_a_restarted_runner_does_not_wait_for_its_own_lease(daemons, rabbitmq, w
     with rabbitmq.channel() as channel:  # handed over at once, as it has been delivered before
         method, _, _ = channel.basic_get(work.queue)
         channel.basic_nack(method.delivery_tag, requeue=True)
-    daemon = serve(daemons, rabbitmq, work, "--rmq-lease=600")
+    daemon = serve(daemons, rabbitmq, work, options=("--rmq-lease=600",))
     daemon.until(lambda: leased(daemon, rabbitmq, work))
     daemon.kill()
     daemon.start()
@@ -199,9 +104,9 @@ def test_a_restarted_runner_does_not_wait_for_its_own_lease(daemons, rabbitmq, w
 
 def test_a_runner_that_was_frozen_past_its_lease_stops_its_copy(daemons, impatient, work: Work):
     work.publish(impatient)
-    frozen = serve(daemons, impatient, work, "--rmq-lease=6")
+    frozen = serve(daemons, impatient, work, options=("--rmq-lease=6",), AMQP_URL=impatient.url(query=ALERT))
     frozen.until(lambda: leased(frozen, impatient, work))
-    other = serve(daemons, impatient, work, "--rmq-lease=6")
+    other = serve(daemons, impatient, work, options=("--rmq-lease=6",))
     frozen.signal(signal.SIGSTOP)
     try:
         other.until(lambda: work.starts == 2)
@@ -223,7 +128,7 @@ def test_a_runner_that_was_frozen_past_its_lease_stops_its_copy(daemons, impatie
 
 def test_a_runner_that_was_frozen_alone_runs_it_again(daemons, impatient, work: Work):
     work.publish(impatient)
-    daemon = serve(daemons, impatient, work, "--rmq-lease=5")
+    daemon = serve(daemons, impatient, work, options=("--rmq-lease=5",), AMQP_URL=impatient.url(query=ALERT))
     daemon.until(lambda: leased(daemon, impatient, work))
     daemon.signal(signal.SIGSTOP)
     try:
@@ -239,7 +144,7 @@ def test_a_runner_that_was_frozen_alone_runs_it_again(daemons, impatient, work: 
 
 def test_deleting_the_queue_of_a_leased_run_cancels_it(daemons, rabbitmq, work: Work):
     work.publish(rabbitmq, durable=False)
-    daemon = serve(daemons, rabbitmq, work, "--rmq-lease=4")
+    daemon = serve(daemons, rabbitmq, work, options=("--rmq-lease=4",))
     daemon.until(lambda: leased(daemon, rabbitmq, work))
     rabbitmq.delete(work.queue)
     daemon.until(lambda: not daemon.get("/api/runs")["running"], 90)
@@ -253,7 +158,7 @@ def test_deleting_the_queue_of_a_leased_run_cancels_it(daemons, rabbitmq, work: 
 @pytest.mark.parametrize("lease", ["4", "600"])
 def test_a_broker_restart_during_a_lease_loses_and_repeats_nothing(daemons, own_rabbitmq, work: Work, lease):
     work.publish(own_rabbitmq)
-    daemon = serve(daemons, own_rabbitmq, work, f"--rmq-lease={lease}")
+    daemon = serve(daemons, own_rabbitmq, work, options=(f"--rmq-lease={lease}",))
     if lease == "600":  # handed over at once, when it has been delivered before
         daemon.until(lambda: work.starts)
         lost = "the message of a run in progress was lost; the run goes on and waits for it"
@@ -276,7 +181,11 @@ def test_without_the_permission_a_long_run_is_adopted_time_and_again(daemons, im
     impatient.api("PUT", f"/api/permissions/%2F/{user}", least)
     work.publish(impatient)
     daemon = serve(
-        daemons, impatient, work, "--rmq-lease=4", AMQP_URL=impatient.url(user=user, password="secret")
+        daemons,
+        impatient,
+        work,
+        options=("--rmq-lease=4",),
+        AMQP_URL=impatient.url(user=user, password="secret"),
     )
     adopted = "adopted the redelivered message of a run in progress"
     daemon.until(lambda: len(daemon.log(adopted)) >= 2, 120)
@@ -292,12 +201,20 @@ def test_without_the_permission_a_long_run_is_adopted_time_and_again(daemons, im
 
 def test_a_drained_runner_gives_its_leased_message_back_uncounted(daemons, rabbitmq, work: Work):
     work.publish(rabbitmq)
-    daemon = serve(daemons, rabbitmq, work, "--rmq-lease=4", "--grace=0s")
+    daemon = serve(
+        daemons,
+        rabbitmq,
+        work,
+        options=(
+            "--rmq-lease=4",
+            "--grace=0s",
+        ),
+    )
     daemon.until(lambda: leased(daemon, rabbitmq, work))
     assert daemon.stop() == 0
     assert depth(rabbitmq, work.queue) == 1
     assert not leases(rabbitmq, work)
-    other = serve(daemons, rabbitmq, work, "--rmq-lease=4")
+    other = serve(daemons, rabbitmq, work, options=("--rmq-lease=4",))
     other.until(lambda: work.starts == 2)
     assert other.get("/api/runs")["running"][0]["attempt"] == 1
     work.end()

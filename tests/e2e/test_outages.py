@@ -151,11 +151,24 @@ def test_two_daemons_share_a_queue_and_the_work_of_a_killed_one(
     )
     first.until(lambda: stage(first, "running") or stage(second, "running"))
     killed, other = (first, second) if stage(first, "running") else (second, first)
+    # Documents are named by host and second, and these two daemons are one host.
+    killed.until(lambda: killed.get("/api/runs")["running"][0]["elapsed_secs"] > 1.1)
     killed.kill()
     other.until(lambda: stage(other, "running"))
     go.touch()
     other.until(lambda: not other.get("/api/runs")["running"] and rabbitmq.depth("rmq_two") == 0)
-    assert documents(seaweedfs, bucket)[-1]["studioml"]["status"] == "completed"
+    killed.start()  # and it neither runs it again nor touches the results
+    statuses = lambda: sorted(each["studioml"]["status"] for each in documents(seaweedfs, bucket))
+    killed.until(lambda: statuses() == ["completed", "failed"])  # one of each daemon
+    for daemon in (killed, other):
+        assert daemon.stop() == 0
+        assert not daemon.dead_letters()
+    assert statuses() == ["completed", "failed"]
+    assert len([run for run in other.log("experiment finished") if run["acknowledged"]]) == 1
+    assert not killed.log("experiment finished")
+    assert output(seaweedfs, bucket, "k").count("begun") == 1
+    assert output(seaweedfs, bucket, "k").count("done") == 1
+    assert rabbitmq.depth("rmq_two") == 0
 
 
 @pytest.mark.parametrize("missing", ["bucket", "secret", "object"])

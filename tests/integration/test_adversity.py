@@ -11,7 +11,7 @@ import time
 import pytest
 
 from runner import errors
-from runner.daemon import dispatch, queuestate, service, settle
+from runner.daemon import dispatch, gates, queuestate, service, settle
 from runner.daemon.attempts import Ledger
 from runner.daemon.runstate import RunStates
 from runner.experiment import results
@@ -36,7 +36,7 @@ def _quick(monkeypatch):
     monkeypatch.setattr(queuestate, "FIRST_BACKOFF_SECS", 0.05)
     monkeypatch.setattr(queuestate, "LAST_BACKOFF_SECS", 0.2)
     monkeypatch.setattr(dispatch, "EXISTENCE_SECS", 0.1)
-    monkeypatch.setattr(dispatch, "LINGER_SECS", 0.05)
+    monkeypatch.setattr(gates, "LINGER_SECS", 0.05)
     monkeypatch.setattr(dispatch, "RECONSUME_SECS", 0.05)
     monkeypatch.setattr(results, "FIRST_CHECKPOINT_SECS", 0.05)
     monkeypatch.setattr(results, "FIRST_RETRY_SECS", 0.05)
@@ -231,8 +231,8 @@ async def test_a_new_message_of_finished_bytes_survives_the_runner(tmp_path):
 
 
 async def test_an_equal_message_that_was_put_back_is_no_second_copy(tmp_path, monkeypatch):
-    monkeypatch.setattr(dispatch, "PARK_SECS", 0.1)
-    monkeypatch.setattr(dispatch, "LINGER_SECS", 60.0)
+    monkeypatch.setattr(queuestate, "PARK_SECS", 0.1)
+    monkeypatch.setattr(gates, "LINGER_SECS", 60.0)
     go = tmp_path / "go"
     async with daemon(tmp_path, machine={"max_cores": 2}) as it:
         body = await it.submit(WAIT.format(go=go))
@@ -441,7 +441,7 @@ async def test_no_more_tasks_are_started_than_the_limit_says(tmp_path):
 
 
 async def test_what_is_parked_when_the_limit_is_reached_goes_back(tmp_path, monkeypatch):
-    monkeypatch.setattr(dispatch, "LINGER_SECS", 60.0)
+    monkeypatch.setattr(gates, "LINGER_SECS", 60.0)
     go = tmp_path / "go"
     queues = ("rmq_a", "rmq_b", "rmq_c")
     limits = {"tasks": 2, "interval_secs": 60.0}

@@ -40,6 +40,31 @@ async def test_the_clients_record_says_stopped(tmp_path):
         await stopped(it)
 
 
+async def test_it_is_asked_to_end_then_made_to_and_what_it_saved_in_between_is_stored(tmp_path):
+    script = """
+import pathlib, signal, time
+def save(*_):
+    pathlib.Path("../modeldir/saved").write_text("in time")
+    print("saved", flush=True)
+signal.signal(signal.SIGTERM, save)
+print("begun", flush=True)
+while True:
+    time.sleep(600)
+"""
+    database = {"type": "local", "endpoint": str(tmp_path), "bucket": "db"}
+    record = tmp_path / "db" / "experiments" / "exp"
+    record.parent.mkdir(parents=True)
+    async with daemon(tmp_path) as it:
+        await it.submit(script, config={"database": database})
+        await it.until(it.printed)
+        record.write_text(json.dumps({"status": "stopped"}))
+        await it.until(lambda: b"saved" in it.printed())  # TERM
+        await stopped(it)  # KILL
+        assert it.output().splitlines()[:2] == ["begun", "saved"]
+        with tarfile.open(it.storage / "experiments/exp/modeldir.tar") as archive:
+            assert "saved" in [name.rpartition("/")[2] for name in archive.getnames()]
+
+
 @pytest.mark.parametrize("packed", [True, False])
 async def test_a_status_artifact_says_stopped(tmp_path, packed):
     async with daemon(tmp_path) as it:

@@ -10,8 +10,6 @@ import pytest
 
 from runner import errors
 from runner.daemon import queuestate, runs
-from runner.queues.base import QueueRef
-from runner.queues.memory import MemoryBackend
 from runner.request import decode
 from runner.storage.base import Forbidden
 from runner.storage.files import FileStore
@@ -210,14 +208,3 @@ async def test_a_message_that_the_runner_stumbles_over_is_not_tried_for_ever(tmp
         await it.until(it.dead)
         await it.settled()
         assert [(each["reason"], each["attempts"]) for each in it.dead()] == [("runner", 3)]
-
-
-async def test_put_back_for_want_of_room_again_and_again_it_is_asked_for_ever_more_rarely():
-    state = queuestate.QueueState(ref=QueueRef(account="a", name="rmq_a"), backend=MemoryBackend())
-    asked = []
-    for state.crowded in range(8):
-        state.remember(decode.decode(b'{"experiment": {"key": "k", "filename": "f"}}').resources)
-        asked.append(round(state.ask_until - time.monotonic()))
-    assert asked == sorted(asked)
-    assert asked[0] < asked[1]
-    assert asked[-1] <= queuestate.LAST_ASK_SECS

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from runner.daemon import dispatch, queuestate
+from runner.daemon import dispatch, gates, queuestate
 from runner.queues.memory import MemoryBackend
 from tests.integration.harness import LIMIT_SECS, daemon
 
@@ -19,7 +19,7 @@ def _quick(monkeypatch):
     monkeypatch.setattr(queuestate, "FIRST_BACKOFF_SECS", 0.05)
     monkeypatch.setattr(queuestate, "LAST_BACKOFF_SECS", 0.2)
     monkeypatch.setattr(dispatch, "EXISTENCE_SECS", 0.1)
-    monkeypatch.setattr(dispatch, "LINGER_SECS", 0.05)
+    monkeypatch.setattr(gates, "LINGER_SECS", 0.05)
 
 
 async def test_a_run_that_loses_its_message_adopts_the_redelivered_copy(tmp_path):
@@ -136,8 +136,8 @@ async def test_a_message_that_does_not_fit_now_is_parked_and_starts_when_room_fr
 
 
 async def test_parked_too_long_it_is_put_back_once_and_not_asked_for_until_room_frees(tmp_path, monkeypatch):
-    monkeypatch.setattr(dispatch, "PARK_SECS", 0.1)
-    monkeypatch.setattr(dispatch, "LINGER_SECS", 60.0)
+    monkeypatch.setattr(queuestate, "PARK_SECS", 0.1)
+    monkeypatch.setattr(gates, "LINGER_SECS", 60.0)
     go = tmp_path / "go"
     async with daemon(tmp_path, machine={"max_cores": 1}) as it:
         it.queue.declare("rmq_b")

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+import uuid
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -33,6 +34,7 @@ class SqsServer:
     admin: Any
     user: SqsKeys  #: may do everything with SQS
     stranger: SqsKeys  #: a key that is known, and allowed nothing
+    iam: Any  #: a client that may make and remove keys
 
     @property
     def url(self) -> str:
@@ -64,6 +66,30 @@ class SqsServer:
 
     def held(self, name: str) -> int:
         return self._count(name, "ApproximateNumberOfMessagesNotVisible")
+
+    def send(self, name: str, body: bytes) -> None:
+        """As a StudioML client; on a FIFO queue, which it does not know, in one group."""
+        more = {"MessageGroupId": "theirs", "MessageDeduplicationId": uuid.uuid4().hex}
+        self.admin.send_message(
+            QueueUrl=self.of(name), MessageBody=body.decode(), **more if name.endswith(".fifo") else {}
+        )
+
+    def drop_account(self, folder: Path) -> None:
+        """AWS's two files, side by side, as an operator drops them into `--certs-dir`. It appears whole."""
+        made = folder.with_name(f".{folder.name}")
+        made.mkdir(parents=True)
+        (made / "credentials").write_text(
+            f"[default]\naws_access_key_id = {self.user.access_key}\naws_secret_access_key = {self.user.secret_key}\n"
+        )
+        (made / "config").write_text(f"[default]\nregion = {REGION}\nendpoint_url = {self.url}\n")
+        made.rename(folder)
+
+    def another_key(self) -> SqsKeys:
+        """A second key of the user."""
+        return _key(self.iam, "user")
+
+    def revoke(self, keys: SqsKeys) -> None:
+        self.iam.delete_access_key(UserName="user", AccessKeyId=keys.access_key)
 
     def clear(self) -> None:
         """Delete every queue."""
@@ -100,18 +126,26 @@ def _with_users(port: int) -> SqsServer:
     root = SqsKeys(access_key="root", secret_key="root-secret")
     iam = _client("iam", port, root)
     admin, user, stranger = (_user(iam, name) for name in ("admin", "user", "stranger"))
-    everything = {
-        "Version": "2012-10-17",
-        "Statement": {"Effect": "Allow", "Action": "sqs:*", "Resource": "*"},
-    }
-    for name in ("admin", "user"):
-        iam.put_user_policy(UserName=name, PolicyName="sqs", PolicyDocument=json.dumps(everything))
+    for name, service in (("admin", "sqs"), ("admin", "iam"), ("user", "sqs")):
+        everything = {"Effect": "Allow", "Action": f"{service}:*", "Resource": "*"}
+        policy = json.dumps({"Version": "2012-10-17", "Statement": everything})
+        iam.put_user_policy(UserName=name, PolicyName=service, PolicyDocument=policy)
     _ask(port, "POST", "/moto-api/reset-auth", b"0")  # from now on signatures and rights are checked
-    return SqsServer(port=port, admin=_client("sqs", port, admin), user=user, stranger=stranger)
+    return SqsServer(
+        port=port,
+        admin=_client("sqs", port, admin),
+        user=user,
+        stranger=stranger,
+        iam=_client("iam", port, admin),
+    )
 
 
 def _user(iam: Any, name: str) -> SqsKeys:
     iam.create_user(UserName=name)
+    return _key(iam, name)
+
+
+def _key(iam: Any, name: str) -> SqsKeys:
     key = iam.create_access_key(UserName=name)["AccessKey"]
     return SqsKeys(access_key=key["AccessKeyId"], secret_key=key["SecretAccessKey"])
 

@@ -58,7 +58,7 @@ class Proxy:
         return len(pairs)
 
     def blackhole(self) -> None:
-        """Forward nothing in either direction; connections stand and bytes wait."""
+        """Forward nothing in either direction, not even the end of a connection; bytes wait."""
         self._to_client.clear()
         self._to_server.clear()
 
@@ -116,6 +116,7 @@ class Proxy:
                 time.sleep(delay_secs)
                 gate.wait()
                 sink.sendall(chunk)
+        gate.wait()  # nor does a black hole pass on that somebody has hung up
         for one in (source, sink):
             with contextlib.suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)

@@ -81,6 +81,13 @@ class PubsubServer:
         self.publisher.delete_topic(topic=self.topic(name), timeout=CALL_SECS)
         self.subscriber.delete_subscription(subscription=self.subscription(name), timeout=CALL_SECS)
 
+    def drop_key(self, path: pathlib.Path) -> None:
+        """A service account's file, as an operator drops it. It appears whole."""
+        path.parent.mkdir(exist_ok=True)
+        made = path.with_name(f".{path.name}")
+        made.write_text(json.dumps({"type": "service_account", "project_id": self.project}))
+        made.rename(path)
+
     def publish(self, name: str, body: bytes, attributes: Mapping[str, str] | None = None) -> None:
         message: Any = {"data": body, "attributes": dict(attributes or {})}
         self.publisher.publish(topic=self.topic(name), messages=[message], timeout=CALL_SECS)

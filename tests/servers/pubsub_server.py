@@ -24,6 +24,7 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 Code = grpc.StatusCode
+ENDED = "ENDED"  # of a stream, as a fault: the service ends it, and says that all is well
 NAME = re.compile(r"projects/[^/]+/(topics|subscriptions)/[A-Za-z][A-Za-z0-9._~+%-]{2,254}")
 
 
@@ -98,7 +99,7 @@ class Service:
         if self.verify:
             await self.verify(context)
         fault = self.faults.get(method) or self.faults.get("")
-        if fault:
+        if fault and fault != ENDED:
             await context.abort(Code[fault], "a fault that the test ordered")
 
     async def find(self, name, context):
@@ -266,6 +267,8 @@ class Service:
                     yield t.StreamingPullResponse(
                         received_messages=[message], subscription_properties=properties
                     )
+                elif self.faults.get("StreamingPull") == ENDED:
+                    return
                 elif "StreamingPull" in self.faults:
                     await context.abort(Code[self.faults["StreamingPull"]], "a fault that the test ordered")
                 else:

@@ -138,6 +138,19 @@ async def test_streams_that_the_service_ends_are_opened_again(server: PubsubServ
         assert await (await asyncio.wait_for(waiting, LIMIT)).ack()
 
 
+async def test_streams_that_end_without_a_word_are_not_opened_in_a_loop(server: PubsubServer) -> None:
+    server.declare("pubsub_q")
+    async with opened(server) as backend:
+        server.fail(StreamingPull="ENDED")
+        waiting = asyncio.create_task((await backend.consumer(ref())).next())
+        before = server.calls().get("StreamingPull", 0)
+        await asyncio.sleep(1)
+        assert server.calls()["StreamingPull"] - before < 10  # hundreds, without a pause between them
+        server.fail()
+        server.publish("pubsub_q", b"x")
+        assert await (await asyncio.wait_for(waiting, LIMIT)).ack()
+
+
 async def test_an_ack_that_the_service_cannot_take_now_is_sent_again(server: PubsubServer) -> None:
     server.declare("pubsub_q")
     async with opened(server, times=QUICK) as backend:

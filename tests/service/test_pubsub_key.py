@@ -32,7 +32,7 @@ from runner import errors
 from runner.queues.pubsub import PubsubBackend
 from runner.queues.pubsub_account import PubsubAccount
 
-async def main(key, endpoint):
+async def main(key, endpoint, replacement=None):
     account = PubsubAccount.from_key(pathlib.Path(key))
     backend = PubsubBackend(PubsubAccount(label="x", project=account.project, key=account.key, endpoint=endpoint))
     await backend.open()
@@ -42,6 +42,11 @@ async def main(key, endpoint):
             print("found", await backend.discover())
         except errors.QueueUnavailable as error:
             if "failed to connect" in str(error) and time.monotonic() < end:  # the server starts just now
+                await asyncio.sleep(0.2)
+                continue
+            if replacement and time.monotonic() < end:
+                assert "UNAUTHENTICATED" in str(error), error
+                pathlib.Path(key).write_bytes(pathlib.Path(replacement).read_bytes())
                 await asyncio.sleep(0.2)
                 continue
             print("error", error)
@@ -116,10 +121,10 @@ def secure(tmp_path: pathlib.Path) -> Iterator[int]:
     process.wait()
 
 
-def ask(directory: pathlib.Path, port: int, key: str) -> str:
-    """What `discover` says, in a process that trusts the server's certificate: grpc reads that setting once."""
+def ask(directory: pathlib.Path, port: int, key: str, *more: str) -> str:
+    """What `discover` says, of one backend, in a process that trusts the server's certificate: grpc reads that setting once."""
     environment = os.environ | {"GRPC_DEFAULT_SSL_ROOTS_FILE_PATH": str(directory / "tls_certificate")}
-    argv = [sys.executable, "-c", CLIENT, str(directory / key), f"localhost:{port}"]
+    argv = [sys.executable, "-c", CLIENT, str(directory / key), f"localhost:{port}", *more]
     done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=100, check=True)
     return done.stdout.splitlines()[-1]
 
@@ -134,6 +139,13 @@ def test_another_key_is_refused_without_a_secret_in_the_text(tmp_path: pathlib.P
     said = ask(tmp_path, secure, "other.json")
     assert said.startswith("error x: its subscriptions cannot be listed: UNAUTHENTICATED")
     assert pem(other).splitlines()[1][:20] not in said
+
+
+def test_a_key_that_is_rotated_in_place_is_read_again(tmp_path: pathlib.Path, secure: int) -> None:
+    right = (tmp_path / "key.json").read_text()
+    account_file(tmp_path / "key.json", rsa_key())  # what is revoked
+    (tmp_path / "new.json").write_text(right)
+    assert ask(tmp_path, secure, "key.json", str(tmp_path / "new.json")) == "found []"
 
 
 @pytest.mark.parametrize(

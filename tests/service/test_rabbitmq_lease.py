@@ -8,7 +8,7 @@ import pytest
 
 from runner.config import RmqLease
 from runner.queues import base, rabbitmq_channels
-from tests.service.rabbitmq_kit import LIMIT, name, ref, take
+from tests.service.rabbitmq_kit import LIMIT, name, ref, take, until
 from tests.service.rabbitmq_lease_kit import (
     ARGUMENTS,
     LONG,
@@ -62,13 +62,13 @@ async def test_a_message_held_for_long_moves_to_its_lease_and_leaves_nothing_beh
 async def test_a_lease_is_renewed_for_as_long_as_it_takes(rabbitmq, name, kind):
     rabbitmq.declare(name, durable=True, arguments=ARGUMENTS[kind])
     rabbitmq.publish(name, BODY, persistent=True)
-    async with host(rabbitmq, terms=RmqLease(secs=3.0, hand_over_secs=0.2)) as one, host(rabbitmq) as other:
+    async with host(rabbitmq) as one, host(rabbitmq) as other:
         held = await one.take(name)
         where = await leased(rabbitmq, name, BODY)
-        await other.gets_nothing(name, 8.0)
+        await other.gets_nothing(name, 1.5 * TERMS.secs)
         assert not held.lost.is_set()
         properties, _ = peek(rabbitmq, where)
-        assert properties.headers["seq"] >= 4
+        assert properties.headers["seq"] >= 3
         assert await held.ack() is True
         assert depth(rabbitmq, where) is None
 
@@ -183,15 +183,14 @@ async def test_what_others_have_tried_is_leased_before_its_work_starts(rabbitmq,
 async def test_the_same_bytes_published_twice_are_two_leases(rabbitmq, name):
     rabbitmq.declare(name)
     rabbitmq.publish(name, BODY, BODY)
-    short = RmqLease(secs=3.0, hand_over_secs=0.2)
-    async with host(rabbitmq, terms=short) as one, host(rabbitmq, terms=short) as other:
+    async with host(rabbitmq) as one, host(rabbitmq) as other:
         first, second = await one.take(name), await other.take(name)
         await reaches(rabbitmq, lease_name(name, BODY), 2)
-        await asyncio.sleep(6.0)
+        await asyncio.sleep(TERMS.secs + 2)
         assert not first.lost.is_set()
         assert not second.lost.is_set()
         assert await first.ack() is True
-        assert depth(rabbitmq, lease_name(name, BODY)) == 1
+        await reaches(rabbitmq, lease_name(name, BODY), 1)  # for a moment none waits: it is being renewed
         assert await second.ack() is True
         assert depth(rabbitmq, lease_name(name, BODY)) is None
 
@@ -346,6 +345,26 @@ async def test_what_is_short_of_its_limit_is_handed_over_sooner(rabbitmq, name):
 )
 def test_brokers_that_heed_it_are_asked_for_more_time(version, quorum, passed):
     assert bool(rabbitmq_channels.consume_arguments(version, quorum=quorum)) == passed
+
+
+async def test_the_time_that_is_asked_for_reaches_the_broker(rabbitmq, name, monkeypatch):
+    """As if this broker were one that heeds it."""
+    monkeypatch.setattr(rabbitmq_channels, "CONSUMER_TIMEOUT_FROM", (3,))
+    rabbitmq.declare(name, durable=True, arguments=ARGUMENTS["quorum"])
+    rabbitmq.publish(name, b"1", persistent=True)
+
+    def asked() -> list[object]:
+        consumers = rabbitmq.api("GET", "/api/consumers/%2F")[1]
+        return [each["arguments"] for each in consumers if each["queue"]["name"] == name]
+
+    async with host(rabbitmq) as one:
+        consumer = await one.backend.consumer(ref(one.backend, name))
+        assert await (await take(consumer)).ack()
+        await until(lambda: one.backend._is_quorum("/", name))  # which is asked for beside the first message
+        waiting = asyncio.create_task(consumer.next())
+        await until(lambda: asked() == [{"x-consumer-timeout": rabbitmq_channels.CONSUMER_TIMEOUT_MS}])
+        rabbitmq.publish(name, b"2", persistent=True)
+        assert await (await asyncio.wait_for(waiting, LIMIT)).ack()
 
 
 async def test_the_version_of_the_broker_is_known(rabbitmq, name):

@@ -36,7 +36,7 @@ async def exactly_one_comes(server, name: str, *, attempts: int) -> None:
     async with host(server, terms=TERMS) as other:
         begun = time.monotonic()
         again = await other.take(name)
-        assert time.monotonic() - begun < TERMS.secs + 10
+        assert time.monotonic() - begun < TERMS.secs + 30  # the machine may be busy
         assert (again.body, again.redelivered, again.attempts) == (BODY, True, attempts)
         await again.began(attempts + 1)
         await other.gets_nothing(name, TERMS.secs + 2)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import subprocess
 import sys
 import textwrap
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -178,6 +179,34 @@ async def test_files_that_cannot_be_used_say_so(opened, tmp_path):
     assert "canary" not in str(told.value)
 
 
+async def test_a_key_that_is_rotated_in_place_goes_on_holding(server, opened, tmp_path):
+    server.create("sqs_rotated")
+    old, new = server.another_key(), None
+    try:
+        files = profile(tmp_path, old, f"[default]\nregion = us-east-1\nendpoint_url = {server.url}\n")
+        backend = await opened(SqsAccount(label="account", profile=files))
+        await backend.publish(ref("sqs_rotated"), b"x")
+        delivery = await first(backend, ref("sqs_rotated"))
+        server.revoke(old)
+        with pytest.raises(QueueUnavailable, match="does not know this access key"):
+            await backend.discover()
+        new = server.another_key()
+        profile(tmp_path, new, files.config_file.read_text())
+        until = delivery._until
+        await reaches(lambda: delivery.lost.is_set() or delivery._until > until)
+        assert await delivery.ack()
+        # The account is removed, and its last run goes on.
+        files.credentials_file.unlink()
+        server.revoke(new)
+        with pytest.raises(QueueUnavailable, match="does not know this access key"):
+            await backend.discover()
+    finally:
+        for key in (old, new):
+            with contextlib.suppress(server.iam.exceptions.NoSuchEntityException):
+                if key is not None:
+                    server.revoke(key)
+
+
 def test_an_account_has_its_credentials_from_one_place_and_does_not_show_them():
     keys = SqsKeys(access_key="a", secret_key="canary", session_token="canary")
     with pytest.raises(UsageError):
@@ -299,6 +328,7 @@ async def test_a_handle_whose_time_is_over_is_never_used(server, opened, monkeyp
     assert await acked.ack() is False
     assert await requeued.requeue() is False
     await asyncio.wait_for(held.lost.wait(), SOON)
+    assert held.superseded  # another runner had the time to take it
     await reaches(lambda: server.depth("sqs_frozen") == 3)
 
 
@@ -328,34 +358,73 @@ async def test_what_a_poll_brings_after_the_end_goes_back(server, opened):
     assert await (await first(there, ref("sqs_end"))).ack()
 
 
-async def test_a_process_that_ends_does_not_wait_for_its_polls(server):
-    server.create("sqs_exit")
-    program = textwrap.dedent(f"""
-        import asyncio, sys
-        from runner.queues.base import QueueRef
-        from runner.queues.sqs import SqsBackend
-        from runner.queues.sqs_account import SqsAccount, SqsKeys
-        async def main():
-            keys = SqsKeys(access_key={server.user.access_key!r}, secret_key=sys.argv[1])
-            backend = SqsBackend(SqsAccount(label="account", region="us-east-1", keys=keys, endpoint_url={server.url!r}))
-            await backend.open()
-            waiting = asyncio.create_task((await backend.consumer(QueueRef(account="account", name="sqs_exit"))).next())
-            await asyncio.sleep(1.5)
-            await backend.aclose()
-            print("closed", "boto3" in sys.modules, "pika" in sys.modules)
-            await asyncio.wait([waiting])
-            print(type(waiting.exception()).__name__)
-        asyncio.run(main())
-    """)
-    began = time.monotonic()
+async def test_what_is_put_back_at_the_end_is_not_hidden_by_a_poll_of_its_own(server, opened):
+    server.create("sqs_drain")
+    backend = await opened(server.account(), SqsTiming(poll_secs=20))
+    real, under_way = backend._service.receive, []
+
+    def receive(*args: Any, **more: Any) -> Any:
+        under_way.append("poll")
+        try:
+            return real(*args, **more)
+        finally:
+            under_way.pop()
+
+    backend._service.receive = receive
+    await backend.publish(ref("sqs_drain"), b"x")
+    consumer = await backend.consumer(ref("sqs_drain"))
+    delivery = await asyncio.wait_for(consumer.next(), SOON)
+    with pytest.raises(TimeoutError):  # it asks for one more
+        await asyncio.wait_for(consumer.next(), 0.5)
+    await consumer.close()
+    assert await delivery.requeue()
+    await backend.aclose()  # and the process ends
+    assert not under_way  # it would get the message, and nobody would give it back
+    assert (server.depth("sqs_drain"), server.held("sqs_drain")) == (1, 0)
+
+
+async def in_a_process(server: SqsServer, script: str, *, queue: str) -> list[str]:
+    """Words that a process prints in which `script` uses a backend."""
+    program = f"""
+import asyncio, sys
+from runner.queues.base import QueueRef
+from runner.queues.sqs import SqsBackend
+from runner.queues.sqs_account import SqsAccount, SqsKeys
+async def main():
+    keys = SqsKeys(access_key={server.user.access_key!r}, secret_key=sys.argv[1])
+    account = SqsAccount(label="account", region="us-east-1", keys=keys, endpoint_url={server.url!r})
+    backend = SqsBackend(account)
+    await backend.open()
+    queue = QueueRef(account="account", name={queue!r})
+{textwrap.indent(textwrap.dedent(script), "    ")}
+asyncio.run(main())
+"""
     done = await asyncio.to_thread(
         subprocess.run,
         [sys.executable, "-c", program, server.user.secret_key],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=90,
         check=True,
     )
-    assert done.stdout.split() == ["closed", "False", "False", "QueueUnavailable"]
     assert done.stderr == ""
+    return done.stdout.split()
+
+
+async def test_a_process_that_ends_does_not_wait_for_its_polls(server):
+    server.create("sqs_exit")
+    began = time.monotonic()
+    printed = await in_a_process(
+        server,
+        """
+        waiting = asyncio.create_task((await backend.consumer(queue)).next())
+        await asyncio.sleep(1.5)
+        await backend.aclose()
+        print("closed", "boto3" in sys.modules, "pika" in sys.modules)
+        await asyncio.wait([waiting])
+        print(type(waiting.exception()).__name__)
+        """,
+        queue="sqs_exit",
+    )
+    assert printed == ["closed", "False", "False", "QueueUnavailable"]
     assert time.monotonic() - began < 18  # a poll takes 20

@@ -177,7 +177,7 @@ async def answering(faulty_http: FaultyHttp) -> AsyncIterator[Callable[..., SqsB
 
 def fault(status: int, code: str = "", message: str = "") -> Fault:
     headers = {"Content-Type": "application/x-amz-json-1.0"}
-    if code.startswith("AWS."):  # how AWS tells the older names of its errors
+    if code.startswith(("AWS.", "KMS.")):  # how AWS tells the older names of its errors
         headers["x-amzn-query-error"] = f"{code};Sender"
     body = {"__type": f"com.amazonaws.sqs#{code.rpartition('.')[2]}", "message": message}
     return Fault(status=status, headers=headers, body=json.dumps(body).encode())
@@ -196,6 +196,7 @@ def fault(status: int, code: str = "", message: str = "") -> Fault:
             fault(403, "AccessDenied", "User: u is not authorized to perform: sqs:x"),
             "do not allow it: User: u",
         ),
+        (fault(400, "KMS.DisabledException", "it is disabled"), "key that encrypts .*: it is disabled"),
         (fault(400, "ThrottlingException", "Rate exceeded"), "ThrottlingException"),
         (fault(503, "ServiceUnavailable", "busy"), "503"),
         (Fault(status=500, body=b"<html>"), "500"),
@@ -224,6 +225,14 @@ async def test_every_answer_that_is_no_help_is_unavailability_without_secrets(an
         (fault(400, "AWS.SimpleQueueService.MessageNotInflight"), sqs_service.HoldLost),
         (
             fault(400, "InvalidParameterValue", "Reason: The receipt handle has expired."),
+            sqs_service.HoldLost,
+        ),
+        (
+            fault(
+                400,
+                "InvalidParameterValue",
+                "Reason: Message does not exist or is not available for visibility timeout change.",
+            ),
             sqs_service.HoldLost,
         ),
         (

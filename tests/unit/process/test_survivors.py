@@ -104,6 +104,22 @@ async def test_kill_of_a_supervisor_loses_the_run_and_nothing_of_it_lives_on(
     assert (await starter.run(bench.command("true"))).ok
 
 
+async def test_kill_of_its_parents_parent_ends_the_run_that_does_it_and_no_other(
+    bench: Bench, starter: Spawner
+) -> None:
+    other = await starter.start(bench.shell("while [ ! -e go ]; do sleep 0.05; done; exit 6"))
+    killer = await starter.start(
+        bench.shell(tools.STRAY + "read -r _ _ _ above _ < /proc/$PPID/stat; kill -9 $above; exec sleep 600")
+    )
+    with pytest.raises(errors.ProcessLost):
+        await killer.wait()
+    assert len(bench.alive()) == len(tree.descendants(other.supervisor_pid or 0))  # nothing of the killer
+    assert tools.exists(tools.nursery_of(starter))
+    assert tools.exists(other.pid or 0)
+    (bench.directory / "go").touch()
+    assert (await other.wait()).code == 6
+
+
 async def test_the_workload_dies_with_its_supervisor_also_without_a_nursery(
     bench: Bench, starter: Spawner
 ) -> None:
