@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
+
+# A test run in the background of a script is started with SIGINT ignored, and all that it starts would inherit that.
+with contextlib.suppress(ValueError):  # not in the main thread
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
 pytest_plugins = [
     "tests.servers.daemon",
     "tests.servers.faulty_http",

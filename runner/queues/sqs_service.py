@@ -192,11 +192,13 @@ class Service:
         self.filled[name] = clock()
 
     def close(self) -> None:
-        """Close the idle connections. Calls under way end by themselves."""
+        """Close the idle connections. Calls under way end by themselves; what a poll still brings can be given back.
+
+        The clients stay: the account's files may be gone, with the account.
+        """
         with self._making:
             for client in self._clients or ():
                 client.close()
-            self._clients = None
 
     def _names(self, prefix: str = "") -> list[str]:
         found: list[str] = []

@@ -24,6 +24,7 @@ from runner.queues.filequeue import FileBackend
 from runner.queues.memory import MemoryBackend, MemoryBroker
 from runner.queues.pubsub import PubsubBackend
 from runner.queues.pubsub_account import PubsubAccount, PubsubTimes
+from runner.queues.pubsub_wire import FIRST_LEASE_SECS
 from runner.queues.rabbitmq import RabbitmqBackend
 from runner.queues.sqs import SqsBackend
 from runner.queues.sqs_access import SqsTiming
@@ -166,7 +167,7 @@ class PubsubHarness(QueueHarness):
     """A project of its own, reached through a proxy. A hold is lost by a network that is away for longer than the lease."""
 
     TIMES = PubsubTimes(lease_secs=2)
-    limit_secs = 2.0
+    limit_secs = FIRST_LEASE_SECS
 
     def __init__(self, port: int, way: Proxy, *, exactly_once: bool) -> None:
         self.server = PubsubServer(port, project=f"contract-{uuid.uuid4().hex[:12]}")

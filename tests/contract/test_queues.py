@@ -205,7 +205,7 @@ async def test_a_message_is_held_past_the_brokers_limit(harness, connect, queue)
     delivery = await soon((await one.consumer(queue)).next())
     waiting = asyncio.create_task((await two.consumer(queue)).next())
     with pytest.raises(TimeoutError):
-        await asyncio.wait_for(asyncio.shield(waiting), 1.5 * harness.limit_secs + 0.5)
+        await asyncio.wait_for(asyncio.shield(waiting), 1.2 * harness.limit_secs + 1.0)
     assert not delivery.lost.is_set()
     assert await delivery.ack() is True
     with pytest.raises(TimeoutError):

@@ -62,9 +62,13 @@ def queue() -> Counting:
     return Counting()
 
 
-def started(it: Daemon) -> list[str]:
-    """The experiments that have ended, in the order in which they began."""
-    found = [(each["runner"]["start"], each["studioml"]["experiment"]) for each in it.documents()]
+def ended(it: Daemon) -> list[str]:
+    """The experiments that have completed, in the order in which they began."""
+    found = [
+        (each["runner"]["start"], each["studioml"]["experiment"])
+        for each in it.documents()
+        if each["studioml"]["status"] == "completed"
+    ]
     return [key for _, key in sorted(found)]
 
 
@@ -75,24 +79,24 @@ async def begun(it: Daemon, count: int = 1) -> None:
 
 async def test_small_ones_pass_a_parked_one_and_each_is_delivered_once(tmp_path, queue):
     go = tmp_path / "go"
-    async with daemon(tmp_path, queue) as it:
+    async with daemon(tmp_path, queue, drain=False) as it:
         await it.submit(WAIT.format(go=go), key="long")
         await begun(it)
         await it.submit("print()", key="big", resources_needed=TWO)
         for number in range(3):
             await it.submit("print()", key=f"small{number}")
-        await it.until(lambda: len(it.documents()) == 3 and len(queue.held) == 2)  # long and big: parked
-        assert {each["studioml"]["experiment"] for each in it.documents()} == {"small0", "small1", "small2"}
+        await it.until(lambda: len(ended(it)) == 3 and len(queue.held) == 2)  # long and big: parked
+        assert set(ended(it)) == {"small0", "small1", "small2"}
         go.touch()
         await it.settled()
-        assert len(it.documents()) == 5
+        assert len(ended(it)) == 5
         assert set(queue.delivered.values()) == {1}
         assert not queue.returned
 
 
 async def test_no_more_than_two_of_a_queue_are_parked_and_told_of(tmp_path, queue):
     go = tmp_path / "go"
-    async with daemon(tmp_path, queue) as it:
+    async with daemon(tmp_path, queue, drain=False) as it:
         await it.submit(WAIT.format(go=go), key="long")
         await begun(it)
         await it.submit("print()", key="big0", queue="rmq_b", resources_needed=TWO)
@@ -132,20 +136,20 @@ async def test_after_it_was_put_back_no_change_of_capacity_costs_a_delivery(tmp_
     monkeypatch.setattr(queuestate, "PARK_SECS", 0.1)
     monkeypatch.setattr(queuestate, "REST", 1e6)
     go = tmp_path / "go"
-    async with daemon(tmp_path, queue) as it:
+    async with daemon(tmp_path, queue, drain=False) as it:
         await it.submit(WAIT.format(go=go), key="long")
         await begun(it)
         await it.submit("print()", key="big", queue="rmq_b", resources_needed=TWO)
         await it.until(lambda: queue.returned["big"])
         for number in range(20):  # each takes a core, and gives it back
             await it.submit("print()", key=f"small{number}", queue="rmq_c")
-        await it.until(lambda: len(it.documents()) == 20 and len(queue.held) == 1)
+        await it.until(lambda: len(ended(it)) == 20 and len(queue.held) == 1)
         assert (queue.delivered["big"], queue.returned["big"]) == (1, 1)
         assert queue.depth("rmq_b") == 1
         go.touch()
         await it.settled("rmq_b")
         assert (queue.delivered["big"], queue.returned["big"]) == (2, 1)
-        assert len(it.documents()) == 22
+        assert len(ended(it)) == 22
 
 
 async def test_what_never_fits_for_long_is_delivered_ever_more_rarely(tmp_path, queue, monkeypatch):
@@ -153,32 +157,32 @@ async def test_what_never_fits_for_long_is_delivered_ever_more_rarely(tmp_path, 
     monkeypatch.setattr(queuestate, "PARK_SECS", 0.02)
     queue.counts = True
     go = tmp_path / "go"
-    async with daemon(tmp_path, queue) as it:
+    async with daemon(tmp_path, queue, drain=False) as it:
         await it.submit(WAIT.format(go=go), key="long")
         await begun(it)
         since = time.monotonic()
         await it.submit("print()", key="big", queue="rmq_b", resources_needed=TWO)
         for number in range(10):
             await it.submit("print()", key=f"small{number}", queue="rmq_b")
-        await it.until(lambda: len(it.documents()) == 10)
+        await it.until(lambda: len(ended(it)) == 10)
         await it.until(lambda: queue.delivered["big"] >= 4)
         assert queue.delivered["big"] <= math.log2((time.monotonic() - since) / queuestate.PARK_SECS) + 2
         go.touch()
         await it.settled("rmq_b")
-        assert len(it.documents()) == 12
+        assert len(ended(it)) == 12
         assert not it.dead()
 
 
 async def test_room_is_kept_for_what_has_waited_for_long(tmp_path, queue, monkeypatch):
     monkeypatch.setattr(queuestate, "keeping", lambda _: (True, 3600.0))
     go = [tmp_path / "go0", tmp_path / "go1"]
-    async with daemon(tmp_path, queue) as it:
+    async with daemon(tmp_path, queue, drain=False) as it:
         for number in (0, 1):
             await it.submit(WAIT.format(go=go[number]), key=f"long{number}")
         await begun(it, 2)
         monkeypatch.setattr(gates, "LINGER_SECS", 600.0)
         go[0].touch()
-        await it.until(lambda: len(it.documents()) == 1)
+        await it.until(lambda: len(ended(it)) == 1)
         await it.submit("print()", key="big", queue="rmq_b", resources_needed=TWO)
         await it.until(lambda: queue.delivered["big"])
         queue.declare("rmq_c")
@@ -186,15 +190,15 @@ async def test_room_is_kept_for_what_has_waited_for_long(tmp_path, queue, monkey
         assert told["closed_because"] == "room is kept for a message that has waited for long"
         await it.submit("print()", key="small", queue="rmq_c")
         go[1].touch()
-        await it.until(lambda: len(it.documents()) == 4)
+        await it.until(lambda: len(ended(it)) == 4)
         await it.settled("rmq_c")
-        assert started(it).index("big") < started(it).index("small")
+        assert ended(it).index("big") < ended(it).index("small")
 
 
 async def test_on_a_full_machine_the_queue_that_had_the_least_is_served_first(tmp_path, queue, monkeypatch):
     monkeypatch.setattr(gates, "STEP_SECS", 2.0)
     go = tmp_path / "go"
-    async with daemon(tmp_path, queue) as it:
+    async with daemon(tmp_path, queue, drain=False) as it:
         for number in range(4):
             await it.submit(WAIT.format(go=f"{go}{number}"), key=f"a{number}", queue="rmq_a")
         await begun(it, 2)  # the machine is full of A's long runs, and A has more of them
@@ -203,23 +207,23 @@ async def test_on_a_full_machine_the_queue_that_had_the_least_is_served_first(tm
         (told,) = await explained(it, "rmq_b")
         assert told["closed_because"] == "no core is free"
         (tmp_path / "go0").touch()
-        await it.until(lambda: not queue.depth("rmq_b") and len(it.documents()) == 4)
-        assert {each["studioml"]["experiment"] for each in it.documents()} == {"a0", "b0", "b1", "b2"}
+        await it.until(lambda: not queue.depth("rmq_b") and len(ended(it)) == 4)
+        assert set(ended(it)) == {"a0", "b0", "b1", "b2"}
         for number in (1, 2, 3):
             (tmp_path / f"go{number}").touch()
         await it.settled("rmq_a")
-        assert len(it.documents()) == 7
+        assert len(ended(it)) == 7
         assert set(queue.delivered.values()) == {1}
         assert not queue.returned
 
 
 async def test_what_this_host_can_never_run_is_left_to_others_and_costs_one_delivery(tmp_path, queue):
-    async with daemon(tmp_path, queue) as it:
+    async with daemon(tmp_path, queue, drain=False) as it:
         await it.submit("print()", key="huge", queue="rmq_b", resources_needed={"cpus": 4096})
         await it.until(lambda: queue.returned["huge"])
         for number in range(10):
             await it.submit("print()", key=f"small{number}")
-        await it.until(lambda: len(it.documents()) == 10)
+        await it.until(lambda: len(ended(it)) == 10)
         assert (queue.delivered["huge"], queue.returned["huge"]) == (1, 1)
         (told,) = await explained(it, "rmq_b")
         assert told["closed_because"].startswith("backing off for ")
@@ -230,7 +234,7 @@ async def test_what_this_host_can_never_run_is_left_to_others_and_costs_one_deli
 async def test_a_parked_message_that_is_lost_comes_again_and_runs_once(tmp_path, queue, monkeypatch):
     monkeypatch.setattr(queuestate, "PARK_SECS", 0.2)
     go = tmp_path / "go"
-    async with daemon(tmp_path, queue) as it:
+    async with daemon(tmp_path, queue, drain=False) as it:
         await it.submit(WAIT.format(go=go), key="long")
         await begun(it)
         await it.submit("print()", key="big", queue="rmq_b", resources_needed=TWO)
@@ -239,12 +243,12 @@ async def test_a_parked_message_that_is_lost_comes_again_and_runs_once(tmp_path,
         await it.until(lambda: queue.delivered["long"] == 2)  # adopted
         go.touch()
         await it.settled("rmq_b")
-        assert len(it.documents()) == 2
+        assert len(ended(it)) == 2
 
 
 async def test_a_deleted_queue_takes_its_parked_messages_with_it(tmp_path, queue):
     go = tmp_path / "go"
-    async with daemon(tmp_path, queue) as it:
+    async with daemon(tmp_path, queue, drain=False) as it:
         await it.submit(WAIT.format(go=go), key="long")
         await begun(it)
         await it.submit("print()", key="big", queue="rmq_b", resources_needed=TWO)
@@ -253,12 +257,12 @@ async def test_a_deleted_queue_takes_its_parked_messages_with_it(tmp_path, queue
         await it.until(lambda: queue.returned["big"])
         go.touch()
         await it.settled("rmq_a")
-        assert len(it.documents()) == 1
+        assert len(ended(it)) == 1
 
 
 async def test_draining_gives_back_what_is_parked(tmp_path, queue):
     go = tmp_path / "go"
-    async with daemon(tmp_path, queue) as it:
+    async with daemon(tmp_path, queue, drain=False) as it:
         await it.submit(WAIT.format(go=go), key="long")
         await begun(it)
         await it.submit("print()", key="big", queue="rmq_b", resources_needed=TWO)
@@ -272,7 +276,7 @@ async def test_draining_gives_back_what_is_parked(tmp_path, queue):
 
 async def test_a_run_that_loses_its_message_while_draining_gets_it_back_and_nothing_else(tmp_path, queue):
     go = tmp_path / "go"
-    async with daemon(tmp_path, queue) as it:
+    async with daemon(tmp_path, queue, drain=False) as it:
         await it.submit(WAIT.format(go=go), key="long")
         await begun(it)
         it.service.stop.ask(15)
@@ -285,5 +289,5 @@ async def test_a_run_that_loses_its_message_while_draining_gets_it_back_and_noth
         assert len(it.runs) == 1
         go.touch()
         assert await asyncio.wait_for(it.task, LIMIT_SECS) == 0
-        assert [each["studioml"]["experiment"] for each in it.documents()] == ["long"]
+        assert ended(it) == ["long"]
         assert [key_of(each.body) for each in queue.broker.queues["rmq_a"].ready] == ["other"]

@@ -315,11 +315,11 @@ async def test_thousands_of_matching_queues(
     ):
         await consuming(own_rabbitmq, names[0], names[rabbitmq_places.STANDING - 1])
         own_rabbitmq.publish(names[-1], b"1")
-        assert await (await asyncio.wait_for(waiting.pop(names[-1]), LIMIT)).ack()
+        assert await (await asyncio.wait_for(waiting.pop(names[-1]), 2 * LIMIT)).ack()
         await until(lambda: len(standing(own_rabbitmq, names)) <= rabbitmq_places.STANDING)
         assert own_rabbitmq.close_connections() > 0
         own_rabbitmq.publish(names[-2], b"2")
-        assert await (await asyncio.wait_for(waiting.pop(names[-2]), LIMIT)).ack()
+        assert await (await asyncio.wait_for(waiting.pop(names[-2]), 2 * LIMIT)).ack()
     with own_rabbitmq.channel() as channel:
         for queue in names:
             channel.queue_delete(queue)

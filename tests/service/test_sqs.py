@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -381,6 +382,33 @@ async def test_what_is_put_back_at_the_end_is_not_hidden_by_a_poll_of_its_own(se
     await backend.aclose()  # and the process ends
     assert not under_way  # it would get the message, and nobody would give it back
     assert (server.depth("sqs_drain"), server.held("sqs_drain")) == (1, 0)
+
+
+async def test_what_a_poll_brings_after_its_account_was_removed_goes_back(server, opened, tmp_path):
+    server.create("sqs_removed")
+    files = profile(tmp_path, server.user, f"[default]\nregion = us-east-1\nendpoint_url = {server.url}\n")
+    here = await opened(
+        SqsAccount(label="account", profile=files), SqsTiming(poll_secs=20, visibility_secs=3600)
+    )
+    real, polling, answered = here._service.receive, threading.Event(), threading.Event()
+
+    def receive(*args: Any, **more: Any) -> Any:
+        polling.set()
+        received = real(*args, **more)
+        answered.set()
+        return received
+
+    here._service.receive = receive
+    await here.discover()
+    waiting = asyncio.create_task((await here.consumer(ref("sqs_removed"))).next())
+    await asyncio.to_thread(polling.wait, SOON)
+    files.credentials_file.unlink()
+    await here.aclose()
+    with pytest.raises(QueueUnavailable):
+        await waiting
+    server.send("sqs_removed", b"x")
+    assert await asyncio.to_thread(answered.wait, SOON)
+    await reaches(lambda: (server.depth("sqs_removed"), server.held("sqs_removed")) == (1, 0))
 
 
 async def in_a_process(server: SqsServer, script: str, *, queue: str) -> list[str]:
