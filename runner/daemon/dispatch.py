@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from runner.queues.base import Consumer, Delivery, QueueBackend, QueueRef
     from runner.request.model import Request, Resources
     from runner.resources.allocator import Allocator
+    from runner.resources.gpuwatch import GpuWatch
     from runner.telemetry.metrics import Metrics
 
 log = structlog.get_logger(__name__)
@@ -58,6 +59,7 @@ class Dispatcher:
         self,
         *,
         allocator: Allocator,
+        gpus: GpuWatch,
         runs: Runs,
         ledger: Ledger,
         endpoints: Endpoints,
@@ -66,6 +68,7 @@ class Dispatcher:
     ) -> None:
         """`left_behind`: messages of runs that the last daemon did not see to their end, by `QueueState.ledger_key`."""
         self._allocator = allocator
+        self._gpus = gpus
         self._runs = runs
         self._ledger = ledger
         self._endpoints = endpoints
@@ -172,7 +175,7 @@ class Dispatcher:
         if free.cpus < 1:
             return "no core is free"
         ask = state.current_ask()
-        if ask is not None and (short := self._allocator.lacking(ask, free)):
+        if ask is not None and (short := self._allocator.short(ask, state.ledger_key, free)):
             return f"no room for what it last asked for: {short}"
         return ""
 
@@ -358,8 +361,9 @@ class Dispatcher:
 
     async def _start(self, state: QueueState, delivery: Delivery, request: Request) -> None:
         """When there is room for it. Raises errors.NoCapacity, errors.NeverFits, OSError."""
+        await self._gpus.refresh(request.resources)
         allocation = await self._allocator.acquire(
-            request.resources, rank=state.usage, timeout_secs=PARK_SECS
+            request.resources, owner=state.ledger_key, rank=state.usage, timeout_secs=PARK_SECS
         )
         try:
             if self._runs.exhausted:  # by another queue, meanwhile

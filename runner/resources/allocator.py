@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING
 
 from runner import errors, units
 from runner.request.model import Resources
+from runner.resources.gpupool import GpuPool
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from runner.resources.gpupool import Grant
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,7 +26,12 @@ class Allocation:
 
     number: int
     amounts: Resources
+    gpus: tuple[Grant, ...] = ()  #: parts of cards
     allocator: Allocator = dataclasses.field(repr=False, compare=False)
+
+    def name(self, home: str) -> None:
+        """The run that has it got this `STUDIOML_HOME`: by that its processes are known on the cards."""
+        self.allocator.gpus.name(self.number, home)
 
     def release(self) -> None:
         """Give it back. Any further call does nothing."""
@@ -33,15 +41,17 @@ class Allocation:
 @dataclasses.dataclass(kw_only=True, eq=False)
 class _Waiter:
     ask: Resources
+    owner: str
     rank: Callable[[], float]
     granted: asyncio.Future[Allocation]
 
 
 class Allocator:
-    """Cores, memory and disk of one machine. GPUs: none yet, so a request for any never fits."""
+    """Cores, memory, disk and GPUs of one machine. `owner` is the queue that asks: a card serves one at a time."""
 
-    def __init__(self, total: Resources, disk_free: Callable[[], int]) -> None:
+    def __init__(self, total: Resources, disk_free: Callable[[], int], gpus: GpuPool | None = None) -> None:
         self.total = total
+        self.gpus = GpuPool() if gpus is None else gpus
         self._disk_free = disk_free
         self._held: dict[int, Allocation] = {}
         self._numbers = itertools.count(1)
@@ -67,6 +77,7 @@ class Allocator:
             ram_bytes=self.total.ram_bytes - sum(amounts.ram_bytes for amounts in held),
             # What runs have written already is missing from the free space as well: counted twice, on the safe side.
             hdd_bytes=max(0, min(self.total.hdd_bytes, self._disk_free()) - promised),
+            gpus=self.gpus.free_slots,
         )
 
     @property
@@ -75,10 +86,8 @@ class Allocator:
         return len(self._held)
 
     def lacking(self, ask: Resources, of: Resources) -> str:
-        """What of `of` there is too little of for `ask`, in words; empty when it fits."""
+        """What of `of`, GPUs apart, there is too little of for `ask`, in words; empty when it fits."""
         ask = self.normalise(ask)
-        if ask.gpus:
-            return f"{ask.gpus} GPU slots are asked for, there are no GPUs"
         short = []
         if ask.cpus > of.cpus:
             short.append(f"{ask.cpus} cores are asked for, {of.cpus} are there")
@@ -92,11 +101,16 @@ class Allocator:
                 )
         return "; ".join(short)
 
-    def fits(self, ask: Resources) -> bool:
-        """Whether `allocate` would grant it now."""
-        return not self.lacking(ask, self.free)
+    def short(self, ask: Resources, owner: str = "", free: Resources | None = None) -> str:
+        """What there is too little of now, in words; empty when `allocate` would grant it. `free`: of a moment ago."""
+        short = (self.lacking(ask, free or self.free), self.gpus.lacking(ask, owner))
+        return "; ".join(filter(None, short))
 
-    def allocate(self, ask: Resources) -> Allocation:
+    def fits(self, ask: Resources, owner: str = "") -> bool:
+        """Whether `allocate` would grant it now."""
+        return not self.short(ask, owner)
+
+    def allocate(self, ask: Resources, owner: str = "") -> Allocation:
         """Reserve all of it, or nothing.
 
         Raises:
@@ -104,31 +118,36 @@ class Allocator:
             errors.NoCapacity: it has, but not now.
         """
         self.check(ask)
-        if short := self.lacking(ask, self.free):
-            if not self._held:  # a disk that others have filled: no run that ends will change that
+        if short := self.short(ask, owner):
+            # A disk that others have filled: no run that ends will change that. Memory of cards does come back.
+            if not self._held and self.lacking(ask, self.free):
                 raise errors.NeverFits(f"more than this machine has to give: {short}")
             raise errors.NoCapacity(f"not enough room now: {short}", lacking=short)
-        allocation = Allocation(number=next(self._numbers), amounts=self.normalise(ask), allocator=self)
+        number = next(self._numbers)
+        gpus = self.gpus.take(ask, owner, number)
+        allocation = Allocation(number=number, amounts=self.normalise(ask), gpus=gpus, allocator=self)
         self._held[allocation.number] = allocation
         self._changed()
         return allocation
 
     def check(self, ask: Resources) -> None:
         """Raises `errors.NeverFits` when this machine as a whole has less than `ask`."""
-        if short := self.lacking(ask, self.total):
+        if short := "; ".join(filter(None, (self.lacking(ask, self.total), self.gpus.never(ask)))):
             raise errors.NeverFits(f"more than this machine has: {short}")
 
-    async def acquire(self, ask: Resources, *, rank: Callable[[], float], timeout_secs: float) -> Allocation:
+    async def acquire(
+        self, ask: Resources, *, owner: str = "", rank: Callable[[], float], timeout_secs: float
+    ) -> Allocation:
         """As `allocate`, but wait for room. Among those that fit what has become free, the lowest `rank()` goes first.
 
         Raises:
             errors.NeverFits, and errors.NoCapacity when there was no room within `timeout_secs`.
         """
         try:
-            return self.allocate(ask)
+            return self.allocate(ask, owner)
         except errors.NoCapacity as exc:
             refusal = exc
-        waiter = _Waiter(ask=ask, rank=rank, granted=asyncio.get_running_loop().create_future())
+        waiter = _Waiter(ask=ask, owner=owner, rank=rank, granted=asyncio.get_running_loop().create_future())
         self._waiters.append(waiter)
         try:
             await asyncio.wait({waiter.granted}, timeout=timeout_secs)
@@ -147,9 +166,14 @@ class Allocator:
         """Give it back; does nothing for what is not out. `Allocation.release` is the usual way here."""
         if self._held.pop(allocation.number, None) is None:
             return
+        self.gpus.give_back(allocation.number)
+        self.reconsider()
+
+    def reconsider(self) -> None:
+        """There may be more to give than before: serve those who wait, and tell the listeners."""
         for waiter in sorted(self._waiters, key=lambda waiter: waiter.rank()):
-            if not waiter.granted.done() and self.fits(waiter.ask):
-                waiter.granted.set_result(self.allocate(waiter.ask))
+            if not waiter.granted.done() and self.fits(waiter.ask, waiter.owner):
+                waiter.granted.set_result(self.allocate(waiter.ask, waiter.owner))
         self._changed()
 
     def _changed(self) -> None:

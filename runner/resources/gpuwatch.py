@@ -1,0 +1,188 @@
+"""Looks at the cards now and then, in threads, and tells the pool; fenced cards are made known to those who use them.
+
+The driver's calls block, and with a broken card may never return: at most one is out at a time, in a thread that nobody has to
+wait for, and while it is overdue nothing of the cards is given away.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from typing import TYPE_CHECKING
+
+import structlog
+
+from runner import units
+from runner.resources import probe, visibility
+from runner.resources.gpus import Look
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from runner.request.model import Resources
+    from runner.resources.cards import Card, Table
+    from runner.resources.gpupool import GpuPool
+    from runner.resources.gpus import Nvml, Usage
+
+log = structlog.get_logger(__name__)
+
+#: Between two looks, when nothing asks for one.
+LOOK_SECS = 30.0
+#: ... and when the last one told of something that is on its way: memory that a run gives back, a card that was missed.
+SOON_SECS = 2.0
+#: What was seen so lately need not be looked at again.
+FRESH_SECS = 1.0
+#: A look that takes longer is not waited for.
+LIMIT_SECS = 20.0
+
+
+class GpuWatch:
+    """The eyes of a `GpuPool`. Made in the loop that it works in; without `nvml` (--cpu-only) it never looks."""
+
+    def __init__(self, pool: GpuPool, nvml: Nvml | None, table: Table, environ: Mapping[str, str]) -> None:
+        """`environ`: the runner's own, which says what cards it may use."""
+        self.pool = pool
+        self.changed: Callable[[], None] = lambda: None  #: called when a look has shown something new
+        self.on_fenced: Callable[[Mapping[str, str]], None] = lambda _: None  #: called after a look: UUIDs of cards, and why
+        self._nvml = nvml
+        self._table = table
+        self._environ = environ
+        self._looking = asyncio.Lock()
+        self._thread: threading.Thread | None = None
+        self._looked_at = -LOOK_SECS
+        self._wanted = asyncio.Event()
+        self._known: set[str] = set()  # cards that the log has told of
+        self._fenced: dict[str, str] = {}
+
+    async def run(self) -> None:
+        """For ever: look, soon after a run with a card has ended, else every `LOOK_SECS`."""
+        if self._nvml is None:
+            return
+        woken = False
+        while True:
+            # What has ended gives its memory back, but the driver takes a moment: look once more.
+            wait = SOON_SECS if woken or self.pool.uneasy else LOOK_SECS
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait):
+                    await self._wanted.wait()
+            woken = self._wanted.is_set()
+            self._wanted.clear()
+            await self.look()
+
+    def wake(self) -> None:
+        """Something was given back: what is free is to be measured anew."""
+        if self.pool.uneasy:
+            self._wanted.set()
+
+    async def refresh(self, ask: Resources) -> None:
+        """Before an ask is looked at: know what is free now. At most `LIMIT_SECS`; never raises."""
+        if ask.gpus and time.monotonic() - self._looked_at > FRESH_SECS:
+            await self.look()
+
+    async def failed(self, uuids: Sequence[str]) -> str:
+        """Why one of these cards may not be used any more, by a look of now; empty when all are well.
+
+        A workload mostly fails long before the next look tells that its card did.
+        """
+        if not uuids or self._nvml is None:
+            return ""
+        for _ in range(2):  # a card is believed to be away when it was missed twice
+            await self.look()
+            if why := self.pool.fenced(uuids):
+                return why
+        return ""
+
+    async def usage(self, uuids: Sequence[str], pids: Sequence[int]) -> dict[str, Usage]:
+        """As `Nvml.usage`, in a thread. Nothing while the driver does not answer."""
+        if self._nvml is None or self._overdue or not uuids:
+            return {}
+        return await asyncio.to_thread(self._nvml.usage, uuids, pids)
+
+    async def look(self) -> None:
+        """Look now, and tell the pool and whom it concerns. Never raises; returns within `LIMIT_SECS` of its turn."""
+        if self._nvml is None:
+            return
+        async with self._looking:
+            watermarks = self.pool.watermarks()
+            look = await self._in_thread(self._nvml)
+            self._looked_at = time.monotonic()
+            if look.why:
+                if self.pool.silence(look.why):
+                    self._say_silent(look)
+                return
+            before = self.pool.cards()
+            self._tell(look, watermarks)
+        if self.pool.cards() != before:
+            self.changed()
+
+    @property
+    def _overdue(self) -> bool:
+        return self._thread is not None and self._thread.is_alive() and not self._looking.locked()
+
+    async def _in_thread(self, nvml: Nvml) -> Look:
+        overdue = Look(why=f"the NVIDIA driver has not answered for {LIMIT_SECS:.0f} s")
+        if self._thread is not None and self._thread.is_alive():
+            return overdue
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[Look] = loop.create_future()
+
+        def settle(look: Look) -> None:
+            if not answer.done():
+                answer.set_result(look)
+
+        def work() -> None:
+            look = nvml.look()
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(settle, look)
+
+        # Not one of the loop's threads: those are waited for at exit.
+        self._thread = threading.Thread(target=work, name="nvml", daemon=True)
+        self._thread.start()
+        await asyncio.wait({answer}, timeout=LIMIT_SECS)
+        return answer.result() if answer.done() else overdue
+
+    def _tell(self, look: Look, watermarks: Mapping[str, int]) -> None:
+        everything = [sight.card for sight in look.sights]
+        mine = visibility.visible(everything, self._environ, contained=not probe.sees_all_processes())
+        uuids = {card.uuid for card in mine}
+        self._introduce(everything, mine)
+        sights = [sight for sight in look.sights if sight.card.uuid in uuids]
+        fenced = self.pool.seen(sights, look.lost, watermarks, self._looked_at)
+        names = {state.card.uuid: state for state in self.pool.cards()}
+        for uuid, why in fenced.items():
+            log.warning("GPU is not used any more: it failed", gpu=uuid, name=names[uuid].card.name, why=why)
+        for uuid in list(self._fenced):
+            if uuid not in names or not names[uuid].fenced:
+                del self._fenced[uuid]
+                log.info("GPU is used again", gpu=uuid)
+        self._fenced |= fenced
+        if self._fenced:  # again and again: a run may have been on its way to a card when that was fenced
+            self.on_fenced(self._fenced)
+
+    def _introduce(self, everything: Sequence[Card], mine: Sequence[Card]) -> None:
+        for card in everything:
+            if card.uuid in self._known:
+                continue
+            self._known.add(card.uuid)
+            if card not in mine:
+                set_ = [name for name in visibility.VARIABLES if name in self._environ]
+                log.info("GPU is hidden from this runner", gpu=card.uuid, name=card.name, by=set_)
+                continue
+            slots = self._table.slots(card)
+            told = {"gpu": card.uuid, "name": card.name, "memory": units.format_bytes(card.memory_bytes)}
+            log.info("GPU", **told, index=card.index, slots=slots.count)
+            if slots.estimated:
+                log.warning(
+                    "no slots are known for this GPU: estimated from its memory; --gpu-cards can name them",
+                    **told,
+                )
+
+    def _say_silent(self, look: Look) -> None:
+        if len(self.pool):
+            log.warning("the GPUs cannot be seen: nothing of them is given away, runs go on", why=look.why)
+        elif look.no_driver:
+            log.info("no GPU was found", why=look.why)
+        else:
+            log.warning("no GPU was found", why=look.why)
