@@ -45,12 +45,14 @@ class GpuWatch:
         """`environ`: the runner's own, which says what cards it may use."""
         self.pool = pool
         self.changed: Callable[[], None] = lambda: None  #: called when a look has shown something new
-        self.on_fenced: Callable[[Mapping[str, str]], None] = lambda _: None  #: called after a look: UUIDs of cards, and why
+        self.on_fenced: Callable[[Mapping[str, str]], None] = lambda _: (
+            None
+        )  #: called after a look: UUIDs of cards, and why
         self._nvml = nvml
         self._table = table
         self._environ = environ
         self._looking = asyncio.Lock()
-        self._thread: threading.Thread | None = None
+        self._out = False  # a call is out, in a thread
         self._looked_at = -LOOK_SECS
         self._wanted = asyncio.Event()
         self._known: set[str] = set()  # cards that the log has told of
@@ -96,7 +98,7 @@ class GpuWatch:
 
     async def usage(self, uuids: Sequence[str], pids: Sequence[int]) -> dict[str, Usage]:
         """As `Nvml.usage`, in a thread. Nothing while the driver does not answer."""
-        if self._nvml is None or self._overdue or not uuids:
+        if self._nvml is None or self.pool.silent or not uuids:
             return {}
         return await asyncio.to_thread(self._nvml.usage, uuids, pids)
 
@@ -117,13 +119,9 @@ class GpuWatch:
         if self.pool.cards() != before:
             self.changed()
 
-    @property
-    def _overdue(self) -> bool:
-        return self._thread is not None and self._thread.is_alive() and not self._looking.locked()
-
     async def _in_thread(self, nvml: Nvml) -> Look:
         overdue = Look(why=f"the NVIDIA driver has not answered for {LIMIT_SECS:.0f} s")
-        if self._thread is not None and self._thread.is_alive():
+        if self._out:
             return overdue
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Look] = loop.create_future()
@@ -134,12 +132,13 @@ class GpuWatch:
 
         def work() -> None:
             look = nvml.look()
+            self._out = False
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(settle, look)
 
         # Not one of the loop's threads: those are waited for at exit.
-        self._thread = threading.Thread(target=work, name="nvml", daemon=True)
-        self._thread.start()
+        self._out = True
+        threading.Thread(target=work, name="nvml", daemon=True).start()
         await asyncio.wait({answer}, timeout=LIMIT_SECS)
         return answer.result() if answer.done() else overdue
 
