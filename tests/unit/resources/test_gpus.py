@@ -210,9 +210,8 @@ def test_whose_memory_it_is(eyes, machine, tmp_path):
         for home in ("/runs/a", "/runs/a", "/runs/b", "")
     ]
     try:
-        used: dict[int, int | None] = {
-            process.pid: number * GIB for number, process in enumerate(sleeping, 1)
-        } | {2**22 + 1: GIB}
+        used: dict[int, int | None] = {2**22 + 1: GIB}  # nobody has that number
+        used.update({process.pid: number * GIB for number, process in enumerate(sleeping, 1)})
         machine.gpus = [nvml.A100_80(uuid="GPU-0", used=11 * GIB, utilisation=70, processes=used)]
         (seen,) = eyes.look().sights
         if not probe.sees_all_processes():  # in a container the driver's process ids mean nothing
