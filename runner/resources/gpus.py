@@ -41,7 +41,6 @@ class Look:
         frozenset()
     )  #: UUIDs of cards of which the driver says that they are lost, or need a reset
     why: str = ""  #: why nothing could be seen at all; empty: the look went well
-    no_driver: bool = False  #: ... because this machine has no such driver
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +67,7 @@ class Nvml:
     def look(self) -> Look:
         """All cards, MIG instances in place of the cards that are cut into them."""
         if not _has_library():
-            return Look(why=f"there is no {LIBRARY}: no NVIDIA driver is installed", no_driver=True)
+            return Look(why=f"there is no {LIBRARY}: no NVIDIA driver is installed")
         import pynvml
 
         try:
@@ -76,8 +75,7 @@ class Nvml:
             number = pynvml.nvmlDeviceGetCount()
         except pynvml.NVMLError as exc:
             self._stale = True
-            why = f"the NVIDIA driver says: {exc}"
-            return Look(why=why, no_driver=isinstance(exc, pynvml.NVMLError_DriverNotLoaded))
+            return Look(why=f"the NVIDIA driver says: {exc}")
         sights: list[Sight] = []
         lost: set[str] = set()
         for index in range(number):

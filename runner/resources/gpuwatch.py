@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from runner.request.model import Resources
     from runner.resources.cards import Card, Table
     from runner.resources.gpupool import GpuPool
-    from runner.resources.gpus import Nvml, Usage
+    from runner.resources.gpus import Nvml, Sight, Usage
 
 log = structlog.get_logger(__name__)
 
@@ -56,6 +56,7 @@ class GpuWatch:
         self._looked_at = -LOOK_SECS
         self._wanted = asyncio.Event()
         self._known: set[str] = set()  # cards that the log has told of
+        self._estimated: set[str] = set()  # models that it has warned of
         self._fenced: dict[str, str] = {}
 
     async def run(self) -> None:
@@ -110,14 +111,37 @@ class GpuWatch:
             watermarks = self.pool.watermarks()
             look = await self._in_thread(self._nvml)
             self._looked_at = time.monotonic()
-            if look.why:
-                if self.pool.silence(look.why):
-                    self._say_silent(look)
+            mine = self._visible(look)
+            if why := look.why or self._none(look, mine):
+                if self.pool.silence(why):
+                    self._say_silent(why)
                 return
             before = self.pool.cards()
-            self._tell(look, watermarks)
+            self._tell(mine, look, watermarks)
         if self.pool.cards() != before:
             self.changed()
+
+    def _visible(self, look: Look) -> list[Sight]:
+        """What of it this runner may use. New cards are told of."""
+        everything = [sight.card for sight in look.sights]
+        mine = visibility.visible(everything, self._environ, contained=not probe.sees_all_processes())
+        for card in everything:
+            if card.uuid not in self._known:
+                self._known.add(card.uuid)
+                self._introduce(card, hidden=card not in mine)
+        return [sight for sight in look.sights if sight.card in mine]
+
+    def _none(self, look: Look, mine: Sequence[Sight]) -> str:
+        """Why there is no card, when there never was one."""
+        if mine or len(self.pool):
+            return ""
+        if look.sights:
+            return f"{' and '.join(self._variables)} of the daemon hides all there are"
+        return "the NVIDIA driver knows of none that works"
+
+    @property
+    def _variables(self) -> list[str]:
+        return [name for name in visibility.VARIABLES if name in self._environ]
 
     async def _in_thread(self, nvml: Nvml) -> Look:
         overdue = Look(why=f"the NVIDIA driver has not answered for {LIMIT_SECS:.0f} s")
@@ -142,46 +166,41 @@ class GpuWatch:
         await asyncio.wait({answer}, timeout=LIMIT_SECS)
         return answer.result() if answer.done() else overdue
 
-    def _tell(self, look: Look, watermarks: Mapping[str, int]) -> None:
-        everything = [sight.card for sight in look.sights]
-        mine = visibility.visible(everything, self._environ, contained=not probe.sees_all_processes())
-        uuids = {card.uuid for card in mine}
-        self._introduce(everything, mine)
-        sights = [sight for sight in look.sights if sight.card.uuid in uuids]
-        fenced = self.pool.seen(sights, look.lost, watermarks, self._looked_at)
-        names = {state.card.uuid: state for state in self.pool.cards()}
+    def _tell(self, mine: Sequence[Sight], look: Look, watermarks: Mapping[str, int]) -> None:
+        fenced = self.pool.seen(mine, look.lost, watermarks, self._looked_at)
+        states = {state.card.uuid: state for state in self.pool.cards()}
         for uuid, why in fenced.items():
-            log.warning("GPU is not used any more: it failed", gpu=uuid, name=names[uuid].card.name, why=why)
+            name = states[uuid].card.name
+            log.warning("a GPU has failed and is not used any more", gpu=uuid, name=name, why=why)
         for uuid in list(self._fenced):
-            if uuid not in names or not names[uuid].fenced:
+            if uuid not in states or not states[uuid].fenced:
                 del self._fenced[uuid]
-                log.info("GPU is used again", gpu=uuid)
+                if uuid in states:
+                    log.info("a GPU that had failed is used again", gpu=uuid, name=states[uuid].card.name)
         self._fenced |= fenced
         if self._fenced:  # again and again: a run may have been on its way to a card when that was fenced
             self.on_fenced(self._fenced)
 
-    def _introduce(self, everything: Sequence[Card], mine: Sequence[Card]) -> None:
-        for card in everything:
-            if card.uuid in self._known:
-                continue
-            self._known.add(card.uuid)
-            if card not in mine:
-                set_ = [name for name in visibility.VARIABLES if name in self._environ]
-                log.info("GPU is hidden from this runner", gpu=card.uuid, name=card.name, by=set_)
-                continue
-            slots = self._table.slots(card)
-            told = {"gpu": card.uuid, "name": card.name, "memory": units.format_bytes(card.memory_bytes)}
-            log.info("GPU", **told, index=card.index, slots=slots.count)
-            if slots.estimated:
-                log.warning(
-                    "no slots are known for this GPU: estimated from its memory; --gpu-cards can name them",
-                    **told,
-                )
-
-    def _say_silent(self, look: Look) -> None:
-        if len(self.pool):
-            log.warning("the GPUs cannot be seen: nothing of them is given away, runs go on", why=look.why)
-        elif look.no_driver:
-            log.info("no GPU was found", why=look.why)
+    def _introduce(self, card: Card, *, hidden: bool) -> None:
+        slots = self._table.slots(card)
+        told = {"gpu": card.uuid, "name": card.name, "memory": units.format_bytes(card.memory_bytes)}
+        if hidden:
+            log.info("a GPU is hidden from this runner", **told, by=self._variables)
+        elif slots.estimated and card.name not in self._estimated:
+            self._estimated.add(card.name)
+            log.warning(
+                "no table has this GPU: its slots are estimated from its memory; --gpu-cards can name them",
+                **told,
+                slots=slots.count,
+            )
         else:
-            log.warning("no GPU was found", why=look.why)
+            log.info("a GPU to give away", **told, index=card.index, slots=slots.count)
+
+    def _say_silent(self, why: str) -> None:
+        if len(self.pool):
+            log.warning("the GPUs cannot be seen: none is given away until they can, runs go on", why=why)
+        else:
+            log.warning(
+                "no GPU is used: experiments that ask for one are left to other hosts; --cpu-only says it is meant so",
+                why=why,
+            )

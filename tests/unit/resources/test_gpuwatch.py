@@ -52,6 +52,24 @@ async def test_what_is_seen_is_given_away_and_what_is_hidden_is_not():
     assert gpus.pool.free_slots == 4
 
 
+@pytest.mark.parametrize(
+    ("eyes", "environ", "why"),
+    [
+        (Eyes(), {}, "the NVIDIA driver knows of none that works"),
+        (
+            Eyes(sight()),
+            {"CUDA_VISIBLE_DEVICES": "none"},
+            "CUDA_VISIBLE_DEVICES of the daemon hides all there are",
+        ),
+    ],
+)
+async def test_no_card_at_all_is_told_with_the_reason(eyes, environ, why):
+    gpus = watch(eyes, **environ)
+    await gpus.look()
+    await gpus.look()
+    assert gpus.pool.never(ASK) == f"1 GPU slot is asked for; this machine has no GPU: {why}"
+
+
 async def test_a_fenced_card_is_told_of_as_long_as_it_is_fenced():
     eyes = Eyes(sight())
     gpus, told = watch(eyes), []
