@@ -133,12 +133,7 @@ class GpuPool:
     ) -> dict[str, str]:
         """What a look at the whole machine has shown, at that `time.monotonic`. Which cards are fenced from now on, and why."""
         self.silent = ""
-        there = {sight.card.uuid: sight for sight in sights}
-        for uuid, sight in there.items():
-            if uuid not in self._cards and self._slots is not None:
-                slots = self._slots(sight.card).count
-                others = sight.used_bytes
-                self._cards[uuid] = _Held(card=sight.card, slots=slots, sight=sight, others_bytes=others)
+        there = {sight.card.uuid: self._measured(sight) for sight in sights}
         fenced = {}
         for uuid, held in list(self._cards.items()):
             seen = there.get(uuid)
@@ -163,6 +158,18 @@ class GpuPool:
         """A look has failed: nothing is given away until one goes well; runs go on. Whether that is news."""
         news, self.silent = self.silent != why, why
         return news
+
+    def _measured(self, sight: Sight) -> Sight:
+        """The same, its card known. Where the driver does not tell of the memory, none of it is free until it does."""
+        held = self._cards.get(sight.card.uuid)
+        if held is None or (sight.card.memory_bytes and not held.card.memory_bytes and not held.holds):
+            slots = 1 if self._slots is None else self._slots(sight.card).count
+            self._cards[sight.card.uuid] = _Held(
+                card=sight.card, slots=slots, sight=sight, others_bytes=sight.used_bytes
+            )
+        elif not sight.card.memory_bytes:
+            return dataclasses.replace(sight, used_bytes=held.card.memory_bytes)
+        return sight
 
     def _wrong(self, held: _Held, seen: Sight | None, *, is_lost: bool) -> str:
         if seen is None:

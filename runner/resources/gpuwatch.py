@@ -55,7 +55,7 @@ class GpuWatch:
         self._out = False  # a call is out, in a thread
         self._looked_at = -LOOK_SECS
         self._wanted = asyncio.Event()
-        self._known: set[str] = set()  # cards that the log has told of
+        self._hidden: dict[str, bool] = {}  # each card that was ever seen: whether it is not ours
         self._estimated: set[str] = set()  # models that it has warned of
         self._fenced: dict[str, str] = {}
 
@@ -81,8 +81,8 @@ class GpuWatch:
 
     async def refresh(self, ask: Resources) -> None:
         """Before an ask is looked at: know what is free now. At most `LIMIT_SECS`; never raises."""
-        if ask.gpus and time.monotonic() - self._looked_at > FRESH_SECS:
-            await self.look()
+        if ask.gpus:
+            await self.look(fresh_secs=FRESH_SECS)
 
     async def failed(self, uuids: Sequence[str]) -> str:
         """Why one of these cards may not be used any more, by a look of now; empty when all are well.
@@ -103,11 +103,16 @@ class GpuWatch:
             return {}
         return await asyncio.to_thread(self._nvml.usage, uuids, pids)
 
-    async def look(self) -> None:
-        """Look now, and tell the pool and whom it concerns. Never raises; returns within `LIMIT_SECS` of its turn."""
+    async def look(self, *, fresh_secs: float = 0.0) -> None:
+        """Look now, and tell the pool and whom it concerns. Never raises; returns within `LIMIT_SECS` of its turn.
+
+        `fresh_secs`: not when that was done so lately.
+        """
         if self._nvml is None:
             return
         async with self._looking:
+            if time.monotonic() - self._looked_at < fresh_secs:
+                return
             watermarks = self.pool.watermarks()
             look = await self._in_thread(self._nvml)
             self._looked_at = time.monotonic()
@@ -126,10 +131,11 @@ class GpuWatch:
         everything = [sight.card for sight in look.sights]
         mine = visibility.visible(everything, self._environ, contained=not probe.sees_all_processes())
         for card in everything:
-            if card.uuid not in self._known:
-                self._known.add(card.uuid)
-                self._introduce(card, hidden=card not in mine)
-        return [sight for sight in look.sights if sight.card in mine]
+            # Decided once: when a card is lost, the driver counts those behind it anew.
+            if card.uuid not in self._hidden:
+                self._hidden[card.uuid] = card not in mine
+                self._introduce(card)
+        return [sight for sight in look.sights if not self._hidden[sight.card.uuid]]
 
     def _none(self, look: Look, mine: Sequence[Sight]) -> str:
         """Why there is no card, when there never was one."""
@@ -181,10 +187,10 @@ class GpuWatch:
         if self._fenced:  # again and again: a run may have been on its way to a card when that was fenced
             self.on_fenced(self._fenced)
 
-    def _introduce(self, card: Card, *, hidden: bool) -> None:
+    def _introduce(self, card: Card) -> None:
         slots = self._table.slots(card)
         told = {"gpu": card.uuid, "name": card.name, "memory": units.format_bytes(card.memory_bytes)}
-        if hidden:
+        if self._hidden[card.uuid]:
             log.info("a GPU is hidden from this runner", **told, by=self._variables)
         elif slots.estimated and card.name not in self._estimated:
             self._estimated.add(card.name)

@@ -63,6 +63,17 @@ def test_what_was_promised_is_not_free_whether_it_is_used_or_not():
     assert machine.room() == 6
 
 
+def test_memory_that_cannot_be_measured_is_not_free_and_slots_still_are():
+    machine = Machine(card(gb=0))
+    assert (machine.room(), machine.allocator.fits(Resources(gpus=1))) == (0, True)
+    machine.cards = [card(gb=16)]
+    machine.look()
+    assert machine.room() == 16
+    machine.cards = [card(gb=0)]
+    machine.look()
+    assert (machine.room(), machine.allocator.fits(Resources(gpus=1))) == (0, True)
+
+
 def test_memory_of_strangers_is_not_free():
     machine = Machine(card(gb=16))
     machine.look(used=3, homes={})

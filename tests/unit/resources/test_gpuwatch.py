@@ -32,8 +32,8 @@ class Eyes(Nvml):
         return self.answer
 
 
-def sight(uuid: str = "GPU-a", ecc: int = 0, used: int = 0) -> Sight:
-    card = Card(uuid=uuid, name="Tesla T4", index="0", memory_bytes=15 * GIB)
+def sight(uuid: str = "GPU-a", ecc: int = 0, used: int = 0, index: str = "0") -> Sight:
+    card = Card(uuid=uuid, name="Tesla T4", index=index, memory_bytes=15 * GIB)
     return Sight(card=card, used_bytes=used, ecc_errors=ecc)
 
 
@@ -79,6 +79,15 @@ async def test_a_fenced_card_is_told_of_as_long_as_it_is_fenced():
     await gpus.look()
     await gpus.look()
     assert told == [{"GPU-a": "it has uncorrected memory errors (1)"}] * 2
+
+
+async def test_when_a_card_is_lost_those_behind_it_are_counted_anew_and_stay_hidden():
+    eyes = Eyes(sight("GPU-a"), sight("GPU-b", index="1"))
+    gpus = watch(eyes, CUDA_VISIBLE_DEVICES="0")
+    await gpus.look()
+    eyes.answer = Look(sights=(sight("GPU-b", index="0"),))
+    await gpus.look()
+    assert [state.card.uuid for state in gpus.pool.cards()] == ["GPU-a"]
 
 
 async def test_a_run_that_failed_learns_that_its_card_is_gone_with_two_looks():
