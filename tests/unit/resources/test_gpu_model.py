@@ -133,7 +133,7 @@ class Machine(RuleBasedStateMachine):
         slots=st.integers(1, 60),
         small=st.booleans(),
         count=st.sampled_from([0, 0, 0, 1, 2, 3]),
-        gib=st.sampled_from([0, 0, 1, 4, 8, 16, 30, 41]),
+        gib=st.sampled_from([0, 0, 1, 2, 3, 4, 6, 8, 10, 16, 30, 41]),
     )
     def ask(self, owner: str, slots: int, small: bool, count: int, gib: int) -> None:
         self.look()  # as the dispatcher does
@@ -164,23 +164,24 @@ class Machine(RuleBasedStateMachine):
             if again:
                 run.allocation.release()
 
-    @rule(index=st.integers(0, 100), gib=st.integers(0, 30))
+    @rule(index=st.integers(0, 100), gib=st.sampled_from([0, 1, 2, 3, 4, 6, 8, 10, 30]))
     def use(self, index: int, gib: int) -> None:
         if self.runs:
             run = self.runs[index % len(self.runs)]
             for uuid in run.used:
-                run.used[uuid] += min(gib * GIB, self.cards[uuid].memory_bytes - self.used(uuid))
+                run.used[uuid] = 0
+                run.used[uuid] = min(gib * GIB, self.cards[uuid].memory_bytes - self.used(uuid))
 
     @rule(uuid=st.sampled_from(list(CARDS)), gib=st.integers(0, 10))
     def stranger(self, uuid: str, gib: int) -> None:
         self.strangers[uuid] = 0
         self.strangers[uuid] = min(gib * GIB, self.cards[uuid].memory_bytes - self.used(uuid))
 
-    @rule(uuid=st.sampled_from(list(CARDS)), ecc=st.booleans())
-    def breaks(self, uuid: str, ecc: bool) -> None:
-        if ecc:
+    @rule(uuid=st.sampled_from(list(CARDS)), how=st.sampled_from(["ecc", "away", "", "", "", "", ""]))
+    def breaks(self, uuid: str, how: str) -> None:
+        if how == "ecc":
             self.ecc[uuid] += 1
-        else:
+        elif how == "away":
             self.away.add(uuid)
 
     @rule()

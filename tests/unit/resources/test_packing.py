@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -64,6 +65,9 @@ def test_mig_instances_are_granted_one_at_a_time():
     assert chosen(Ask(slots=2), parts) == {"0": 2}
     assert not chosen(Ask(slots=3), parts)
     assert not chosen(Ask(slots=2, count=2), parts)
+    cards_too = [*parts, *(dataclasses.replace(each, uuid=f"card{each.uuid}") for each in cards(4, 24))]
+    assert chosen(Ask(slots=2, count=2), cards_too) == {"card0": 1, "card1": 1}
+    assert chosen(Ask(slots=26), cards_too) == {"card0": 4, "card1": 22}
 
 
 CANDIDATE = st.builds(
