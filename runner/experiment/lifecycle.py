@@ -136,6 +136,7 @@ class Experiment:
             "accession": str(self.accession),
             "stage": self.stage,
             "started": self.started,
+            "gpus": list(self._uuids),
             "last": self._record.last,
             "artifacts": self._artifacts.addresses(),
         }

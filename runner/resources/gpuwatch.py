@@ -44,10 +44,10 @@ class GpuWatch:
     def __init__(self, pool: GpuPool, nvml: Nvml | None, table: Table, environ: Mapping[str, str]) -> None:
         """`environ`: the runner's own, which says what cards it may use."""
         self.pool = pool
-        self.changed: Callable[[], None] = lambda: None  #: called when a look has shown something new
-        self.on_fenced: Callable[[Mapping[str, str]], None] = lambda _: (
-            None
-        )  #: called after a look: UUIDs of cards, and why
+        #: Called when a look has shown something new.
+        self.changed: Callable[[], None] = lambda: None
+        #: Called after each look that finds cards which may not be used: their UUIDs, and why.
+        self.on_fenced: Callable[[Mapping[str, str]], None] = lambda _: None
         self._nvml = nvml
         self._table = table
         self._environ = environ

@@ -84,6 +84,7 @@ def test_runs_of_one_queue_share_a_card_and_another_queue_gets_its_own(daemon, t
     told = [daemon.until(lambda key=key: printed(daemon, key)) for key in ("one", "two")]
     given = "{'CUDA_VISIBLE_DEVICES': 'GPU-0', 'NVIDIA_VISIBLE_DEVICES': 'GPU-0', 'CUDA_DEVICE_ORDER': 'PCI_BUS_ID'}"
     assert [each.strip() for each in told] == [given, given]
+    assert [run["gpus"] for run in daemon.get("/api/runs")["running"]] == [["GPU-0"], ["GPU-0"]]
     metrics = daemon.get("/metrics").decode()
     assert 'runner_gpu_free_slots{gpu="GPU-0",name="Tesla T4"} 1.0' in metrics
     assert 'runner_gpu_memory_bytes{gpu="GPU-1",name="NVIDIA A100-SXM4-40GB"} 4.29' in metrics
@@ -148,6 +149,26 @@ def test_a_card_that_fails_in_mid_run_sends_the_run_to_another(daemon, machine, 
     assert (record["gpu"], record["why"]) == ("GPU-0", "it has uncorrected memory errors (3)")
     assert 'runner_gpu_fenced{gpu="GPU-0",name="Tesla T4"} 1.0' in daemon.get("/metrics").decode()
     assert daemon.stop() == 0
+
+
+def test_a_driver_that_hangs_hurts_nobody_who_needs_no_card_and_does_not_hold_up_the_end(
+    daemon, machine, tmp_path
+):
+    go, hang = tmp_path / "go", tmp_path / "hang"
+    put(daemon, "local_a", "zero", go, gpus=1)
+    daemon.until(lambda: printed(daemon, "zero"))
+    hang.touch()
+    machine.hangs = {"nvmlDeviceGetCount_v2": hang}
+    machine.write()
+    go.write_text("done")
+    daemon.until(lambda: completed(daemon, "zero") and not daemon.get("/api/runs")["running"])
+    # What it gave back is being looked at from now on.
+    put(daemon, "local_a", "one", go, gpus=1)
+    put(daemon, "local_none", "two", go)
+    daemon.until(lambda: completed(daemon, "two"))
+    assert not documents(daemon, "one")
+    assert daemon.stop() == 0
+    assert [path.name.partition(".")[0] for path in daemon.waiting("local_a")] == ["one"]  # put back
 
 
 def test_without_a_driver_a_request_for_a_gpu_is_for_other_hosts_and_cpu_only_does_not_even_look(
