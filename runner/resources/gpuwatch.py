@@ -121,7 +121,7 @@ class GpuWatch:
                 if self.pool.silence(why):
                     self._say_silent(why)
                 return
-            before = self.pool.cards()
+            before = None if self.pool.silent else self.pool.cards()
             self._tell(mine, look, watermarks)
         if self.pool.cards() != before:
             self.changed()

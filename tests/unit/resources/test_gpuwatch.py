@@ -100,10 +100,10 @@ async def test_a_run_that_failed_learns_that_its_card_is_gone_with_two_looks():
 
 
 async def test_the_loop_goes_on_while_the_driver_hangs_and_nothing_is_given_away(monkeypatch):
-    monkeypatch.setattr(gpuwatch, "LIMIT_SECS", 0.05)
     eyes = Eyes(sight())
     gpus = watch(eyes)
     await gpus.look()
+    monkeypatch.setattr(gpuwatch, "LIMIT_SECS", 0.05)
     eyes.blocked.clear()
     looking = asyncio.create_task(gpus.look())
     await looking
@@ -111,11 +111,15 @@ async def test_the_loop_goes_on_while_the_driver_hangs_and_nothing_is_given_away
     await gpus.look()  # does not wait for a second thread
     assert eyes.looks == 2
     assert await gpus.usage(["GPU-a"], []) == {}
+    news: list[str] = []
+    gpus.changed = lambda: news.append("it answers")
     eyes.blocked.set()
-    while gpus.pool.lacking(ASK, "q"):
-        await gpus.look()
-        await asyncio.sleep(0.01)
+    async with asyncio.timeout(LIMIT_SECS):
+        while gpus.pool.lacking(ASK, "q"):
+            await gpus.look()
+            await asyncio.sleep(0.01)
     assert eyes.looks >= 3
+    assert news == ["it answers"]  # those who wait for a card hear of it
 
 
 async def test_without_nvml_nothing_is_ever_looked_at():
