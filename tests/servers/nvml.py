@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
+import shutil
 import subprocess
 from typing import TYPE_CHECKING
 
@@ -198,6 +200,11 @@ _ERROR_STRING = 'const char *nvmlErrorString(int code) { return "an error of the
 
 def build(directory: pathlib.Path, *, without: tuple[str, ...] = ()) -> pathlib.Path:
     """Compile it into that directory; `without` these functions, as in an old driver."""
+    if shutil.which("gcc") is None:
+        absent = "no compiler for the fake libnvidia-ml (Debian: gcc libc6-dev)"
+        if os.environ.get("CI") == "true":
+            pytest.fail(absent)
+        pytest.skip(absent)
     assert set(without) <= set(_FUNCTIONS)
     source = _COMMON + "\n".join(
         _ERROR_STRING if body is None else f"int {name}{body.replace('FN', f'{chr(34)}{name}{chr(34)}')}"
