@@ -79,6 +79,7 @@ class Machine:
     max_mem_bytes: int = 0
     max_disk_bytes: int = 0
     cpu_only: bool = False
+    gpu_cards: Path | None = None  #: slots of cards, over the built-in table (docs/gpus.md)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -244,6 +245,7 @@ class _Builder:
                 max_mem_bytes=value["max-mem"],
                 max_disk_bytes=value["max-disk"],
                 cpu_only=value["cpu-only"],
+                gpu_cards=self._path("gpu-cards"),
             ),
             cache=self._cache(),
             environments=Environments(

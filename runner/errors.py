@@ -12,6 +12,7 @@
     │   ├── ArtifactFailed                 missing, forbidden or not what it says
     │   ├── EnvironmentFailed              the Python environment cannot be built
     │   ├── DiskFailed                     this machine's disk is full, or broken
+    │   ├── GpuFailed                      a card that the run had has failed
     │   └── ProcessLost                    the supervisor of a run was killed
     ├── Unreachable               REQUEUE  not an attempt: the other side is away; intake from it pauses
     │   ├── QueueUnavailable
@@ -47,6 +48,7 @@ class Reason(enum.StrEnum):
     TIMEOUT = "timeout"  #: it ran for its `max_duration`
     OOM = "oom"  #: it ran out of memory
     DISK = "disk"  #: it ran out of disk
+    GPU = "gpu"  #: a card that it had has disappeared or has memory errors; it goes back to its queue
     CANCELLED = "cancelled"  #: stopped by its user
     QUEUE_DELETED = "queue-deleted"  #: stopped by deleting its queue
     LEASE_LOST = "lease-lost"  #: another runner may have it; this copy stopped
@@ -127,6 +129,15 @@ class DiskFailed(AttemptFailed):
     """The run's directory cannot be written or read: the disk is full, or broken."""
 
     reason = Reason.DISK
+
+
+class GpuFailed(AttemptFailed):
+    """A card that the run had has disappeared, or has uncorrected memory errors.
+
+    It counts: what breaks a card on three machines is not to be let loose on a fourth.
+    """
+
+    reason = Reason.GPU
 
 
 class ProcessLost(AttemptFailed):

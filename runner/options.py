@@ -276,7 +276,14 @@ OPTIONS: tuple[Option, ...] = (
     ),
     *_group(
         "Machine",
-        _o("cpu-only", FLAG, "false", "this machine is meant to have no GPU: no warning"),
+        _o("cpu-only", FLAG, "false", "use no GPU, and do not look for any"),
+        _o(
+            "gpu-cards",
+            PATH,
+            "",
+            "slots of GPU models (TOML), over the built-in table",
+            example="/etc/studio-runner/cards.toml",
+        ),
         _o("max-cores", COUNT, "0", "cores to give to experiments; 0: all"),
         _o("max-mem", SIZE, "0gb", "memory to give to experiments; 0: all that is available"),
         _o(

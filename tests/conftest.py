@@ -17,6 +17,7 @@ pytest_plugins = [
     "tests.servers.pubsub",
     "tests.servers.seaweedfs",
     "tests.servers.moto_sqs",  # it uses the one before
+    "tests.servers.nvml",
     "tests.servers.studioml_client",
 ]
 

@@ -10,6 +10,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from runner import errors
+from runner.resources import cards
 from runner.telemetry import logs
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ async def run_daemon(options: config.Config) -> int:
 
 def check_files(options: config.Config) -> None:
     """Raises UsageError, naming option and file, when a file that the configuration names cannot be used."""
+    cards.load(options.machine.gpu_cards)
     named = {"s3-ca": options.s3.ca, "s3-cert": options.s3.cert, "s3-key": options.s3.key}
     for name, path in named.items():
         if path is not None:

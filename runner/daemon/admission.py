@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from runner.queues.base import Delivery
     from runner.request.model import Request, Resources
     from runner.resources.allocator import Allocation, Allocator
+    from runner.resources.gpuwatch import GpuWatch
     from runner.telemetry.metrics import Metrics
 
 log = structlog.get_logger(__name__)
@@ -37,6 +38,7 @@ class Admission:
         self,
         *,
         allocator: Allocator,
+        gpus: GpuWatch,
         runs: Runs,
         ledger: Ledger,
         metrics: Metrics,
@@ -45,6 +47,7 @@ class Admission:
     ) -> None:
         """`forbidden`: why nothing may start from a queue, room or not. `permitted` waits until nothing forbids it."""
         self._allocator = allocator
+        self._gpus = gpus
         self._runs = runs
         self._ledger = ledger
         self._metrics = metrics
@@ -154,7 +157,8 @@ class Admission:
             if self._runs.exhausted:  # by another queue, meanwhile
                 await self._put_back(delivery)
                 return
-            allocation = self._allocator.allocate(request.resources, instead_of=room)
+            await self._gpus.refresh(request.resources)
+            allocation = self._allocator.allocate(request.resources, state.ledger_key, instead_of=room)
             self._start(state, delivery, request, allocation)
             state.remember(request.resources)
         except errors.Refused as exc:
@@ -268,6 +272,7 @@ class Admission:
             try:
                 return await self._allocator.acquire(
                     ask,
+                    owner=state.ledger_key,
                     rank=state.usage,
                     timeout_secs=max(0.0, min(until - now, stays_secs)),
                     keeps=keeps,

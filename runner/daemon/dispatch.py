@@ -19,7 +19,7 @@ from runner import errors
 from runner.daemon import queuestate
 from runner.daemon.admission import Admission
 from runner.daemon.gates import Gates
-from runner.daemon.queuestate import MAX_PARKED, QueueState
+from runner.daemon.queuestate import MAX_PARKED, Asking, QueueState
 from runner.queues.base import Existence, QueueGone
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from runner.queues.base import Consumer, Delivery, QueueBackend, QueueRef
     from runner.request.model import Resources
     from runner.resources.allocator import Allocation, Allocator
+    from runner.resources.gpuwatch import GpuWatch
     from runner.telemetry.metrics import Metrics
 
 log = structlog.get_logger(__name__)
@@ -54,6 +55,7 @@ class Dispatcher:
         self,
         *,
         allocator: Allocator,
+        gpus: GpuWatch,
         runs: Runs,
         ledger: Ledger,
         endpoints: Endpoints,
@@ -73,6 +75,7 @@ class Dispatcher:
         self._gates = Gates(shut=lambda: self._runs.exhausted and not self._draining, lacks=self._lacks)
         self._admission = Admission(
             allocator=allocator,
+            gpus=gpus,
             runs=runs,
             ledger=ledger,
             metrics=metrics,
@@ -184,14 +187,14 @@ class Dispatcher:
             return ""  # its message is on its way back, and needs no room
         if len(state.parked) >= MAX_PARKED:
             return self.parked(state)
-        ask = state.current_ask()
-        if not self._lacks(ask):
+        asking = state.asking()
+        if not self._lacks(asking):
             return ""
         room = self._room_now()
         if room.cpus < 1:
             kept = self._allocator.free.cpus >= 1
             return "room is kept for a message that has waited for long" if kept else "no core is free"
-        short = self._allocator.lacking(ask, room) if ask is not None else ""
+        short = self._allocator.short(asking.ask, asking.owner, room) if asking.ask is not None else ""
         return f"no room for what it last asked for: {short}"
 
     def parked(self, state: QueueState) -> str:
@@ -207,10 +210,12 @@ class Dispatcher:
     def _orphaned(self, state: QueueState) -> bool:
         return state.running > 0 and self._runs.orphaned(state)
 
-    def _lacks(self, ask: Resources | None) -> bool:
+    def _lacks(self, asking: Asking) -> bool:
         """Whether there is no room for queues that asked for that last."""
         room = self._room_now()
-        return room.cpus < 1 or (ask is not None and bool(self._allocator.lacking(ask, room)))
+        return room.cpus < 1 or (
+            asking.ask is not None and bool(self._allocator.short(asking.ask, asking.owner, room))
+        )
 
     def _room_now(self) -> Resources:
         now = time.monotonic()

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from runner.daemon.queuestate import QueueState
-    from runner.request.model import Resources
+    from runner.daemon.queuestate import Asking, QueueState
 
 #: Queues that have lost their room go on listening for so long: closing and opening consumers at each start costs more.
 LINGER_SECS = 1.0
@@ -41,15 +40,15 @@ class Gates:
         self,
         *,
         shut: Callable[[], bool],
-        lacks: Callable[[Resources | None], bool],
+        lacks: Callable[[Asking], bool],
     ) -> None:
         """`shut`: no queue is open, whatever it asks for. `lacks`: there is no room for queues that asked for that last."""
         self._shut = shut
         self._lacks = lacks
         self._woken: dict[QueueState, asyncio.Future[bool]] = {}  # True: the machine has woken it
         self._ready: dict[QueueState, Callable[[], bool]] = {}  # of those that are barred
-        self._groups: dict[tuple[_Kind, Resources | None], dict[QueueState, None]] = {}
-        self._short: dict[Resources | None, float] = {}  # since when those that listen lack room
+        self._groups: dict[tuple[_Kind, Asking], dict[QueueState, None]] = {}
+        self._short: dict[Asking, float] = {}  # since when those that listen lack room
         self._loop = asyncio.get_running_loop()
         self._due = False
         self._timer: asyncio.TimerHandle | None = None
@@ -64,7 +63,7 @@ class Gates:
 
     def changed(self, state: QueueState, *, needs_room: bool) -> None:
         """Something has changed that concerns that queue alone. If it still needs room it stays in line for that."""
-        if not needs_room or state not in self._groups.get((_Kind.CLOSED, state.current_ask()), ()):
+        if not needs_room or state not in self._groups.get((_Kind.CLOSED, state.asking()), ()):
             self._wake([state], by_machine=False)
 
     async def opened(
@@ -94,7 +93,7 @@ class Gates:
     @contextlib.contextmanager
     def _waiting(self, state: QueueState, kind: _Kind) -> Iterator[asyncio.Future[bool]]:
         """One task waits for a queue, at one place at a time."""
-        key = kind, state.current_ask()
+        key = kind, state.asking()
         woken = self._woken[state] = self._loop.create_future()
         self._groups.setdefault(key, {})[state] = None
         try:
@@ -133,11 +132,11 @@ class Gates:
 
     def _close(self, *, shut: bool) -> None:
         now, short = self._loop.time(), {}
-        for (kind, ask), group in self._groups.items():
+        for (kind, asking), group in self._groups.items():
             if shut and kind in {_Kind.LISTENING, _Kind.RESERVED}:
                 self._wake(group, by_machine=True)
-            elif kind is _Kind.LISTENING and self._lacks(ask):
-                since = short[ask] = self._short.get(ask, now)
+            elif kind is _Kind.LISTENING and self._lacks(asking):
+                since = short[asking] = self._short.get(asking, now)
                 if (left := since + LINGER_SECS - now) <= 0:
                     self._wake(group, by_machine=True)
                 else:
@@ -147,12 +146,12 @@ class Gates:
     def _open(self) -> None:
         ready: list[QueueState] = []
         closed = False
-        for (kind, ask), group in self._groups.items():
+        for (kind, asking), group in self._groups.items():
             if kind is _Kind.BARRED:
                 ready += [state for state in group if self._ready[state]()]
                 closed = True
             elif kind is _Kind.CLOSED:
-                ready += [] if self._lacks(ask) else group
+                ready += [] if self._lacks(asking) else group
                 closed = True
         if closed:
             self._at(LOOK_SECS)

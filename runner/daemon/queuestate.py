@@ -7,7 +7,7 @@ import dataclasses
 import math
 import random
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import asyncio
@@ -59,6 +59,13 @@ class Crowded:
     put_backs: int = 0
 
 
+class Asking(NamedTuple):
+    """What queues ask for, and who asks: all for which it is the same find room, or none."""
+
+    ask: Resources | None
+    owner: str = ""  #: the queue, where it makes a difference: a card serves one queue at a time
+
+
 @dataclasses.dataclass(kw_only=True, eq=False)
 class QueueState:
     """One queue, as this daemon sees it. Times are of `time.monotonic`."""
@@ -107,6 +114,11 @@ class QueueState:
     def current_ask(self) -> Resources | None:
         """What its next message will probably ask for; None when nobody knows any more."""
         return self.ask if time.monotonic() < self.ask_until else None
+
+    def asking(self) -> Asking:
+        """What its next message will probably need, as far as it makes a difference whether there is room for it."""
+        ask = self.current_ask()
+        return Asking(ask, self.ledger_key if ask is not None and ask.gpus else "")
 
     @property
     def waits_for_room(self) -> bool:

@@ -23,7 +23,7 @@ from runner.metadata import names
 from runner.telemetry import metrics
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
 
     from runner.config import Config
@@ -197,8 +197,13 @@ class Runs:
         """A run that is written down and counted. Raises OSError, and then it is not counted."""
         _write_private(workspace.request, delivery.body)
         experiment = Experiment(
-            request=request, workspace=workspace, tools=self._tools, granted=allocation.amounts
+            request=request,
+            workspace=workspace,
+            tools=self._tools,
+            granted=allocation.amounts,
+            gpus=allocation.gpus,
         )
+        allocation.name(str(workspace.root))
         twins = self.find(queue, delivery.digest)
         key = (queue.ledger_key, delivery.digest)
         experiment.attempt = max(1, self._ledger.begin(*key, delivery.attempts) - len(twins))
@@ -417,6 +422,14 @@ class Runs:
     def _away(self, active: Active, exc: errors.Unreachable) -> None:
         active.queue.wants(exc.endpoint)
         self._endpoints.lost(exc.endpoint, lambda: active.experiment.answers(exc.endpoint))
+
+    def gpus_failed(self, fenced: Mapping[str, str]) -> None:
+        """End the runs that have one of these cards (UUIDs, and what is wrong): their messages go back to their queues."""
+        for active in self:
+            for grant in active.experiment.gpus:
+                if grant.uuid in fenced and active.state.outcome is None:
+                    text = f"its GPU {grant.name} ({grant.uuid}) failed: {fenced[grant.uuid]}"
+                    active.experiment.stop(errors.Reason.GPU, text)
 
     def stop_all(self, reason: errors.Reason, text: str, grace_secs: float) -> None:
         """End every run: TERM, grace, KILL; then each is settled by its own task."""

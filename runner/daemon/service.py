@@ -38,8 +38,11 @@ from runner.experiment import workspace
 from runner.experiment.tools import Tools
 from runner.process.spawner import Spawner
 from runner.queues.catalog import Added, Catalog
-from runner.resources import probe
+from runner.resources import cards, probe
 from runner.resources.allocator import Allocator
+from runner.resources.gpupool import GpuPool
+from runner.resources.gpus import Nvml
+from runner.resources.gpuwatch import GpuWatch
 from runner.telemetry import metrics as telemetry
 from runner.telemetry.http import HttpServer, Readiness
 from runner.telemetry.notify import Notifier
@@ -95,6 +98,28 @@ def private_directory(path: Path, option: str) -> Path:
     return path
 
 
+def _free(allocator: Allocator) -> telemetry.Free:
+    free = allocator.free
+    return telemetry.Free(
+        cores=free.cpus,
+        mem_bytes=free.ram_bytes,
+        disk_bytes=free.hdd_bytes,
+        gpu_slots=free.gpus,
+        gpus=[
+            telemetry.Gpu(
+                uuid=state.card.uuid,
+                name=state.card.name,
+                slots=state.slots,
+                free_slots=state.free_slots,
+                memory_bytes=state.card.memory_bytes,
+                used_bytes=state.used_bytes,
+                fenced=bool(state.fenced),
+            )
+            for state in allocator.gpus.cards()
+        ],
+    )
+
+
 def _problem(status: AccountStatus) -> str | None:
     """What is wrong with an account; None when nothing is."""
     if status.ok:
@@ -140,7 +165,8 @@ class Service:
                 spawner = Spawner()
                 await spawner.open()
                 stack.push_async_callback(spawner.aclose)
-                tools = self._tools(spawner)
+                tools = await self._tools(spawner)
+                tools.gpus.on_fenced = lambda fenced: runs.gpus_failed(fenced)  # noqa: PLW0108 - made below
                 stack.callback(self._parts.stores.close)
                 endpoints = Endpoints(lambda: dispatcher.notify())  # noqa: PLW0108 - made below
                 stack.push_async_callback(endpoints.aclose)
@@ -159,6 +185,7 @@ class Service:
                 )
                 dispatcher = Dispatcher(
                     allocator=tools.allocator,
+                    gpus=tools.gpus,
                     runs=runs,
                     ledger=ledger,
                     endpoints=endpoints,
@@ -182,6 +209,7 @@ class Service:
                 services = {
                     "catalog": catalog.run(self._config.queues.refresh_secs),
                     "credentials": accounts.run(),
+                    "gpus": tools.gpus.run(),
                     "existence": dispatcher.watch_existence(),
                     "interrupted": left.run(),
                     "limits": self._limits(runs),
@@ -196,16 +224,15 @@ class Service:
             private_directory(cache.directory, "--cache-dir")
             stack.callback(shutil.rmtree, cache.directory, ignore_errors=True)
 
-    def _tools(self, spawner: Spawner) -> Tools:
+    async def _tools(self, spawner: Spawner) -> Tools:
         volume = self._config.paths.working_dir
-        allocator = Allocator(probe.machine(self._config.machine, volume), lambda: probe.disk_free(volume))
-        self._metrics.watch_free(
-            lambda: telemetry.Free(
-                cores=allocator.free.cpus,
-                mem_bytes=allocator.free.ram_bytes,
-                disk_bytes=allocator.free.hdd_bytes,
-            )
+        gpus = await self._gpus()
+        allocator = Allocator(
+            probe.machine(self._config.machine, volume), lambda: probe.disk_free(volume), gpus.pool
         )
+        gpus.changed = allocator.reconsider
+        allocator.on_change(gpus.wake)
+        self._metrics.watch_free(lambda: _free(allocator))
         return Tools(
             config=self._config,
             host=self._host,
@@ -215,7 +242,17 @@ class Service:
             cache=self._parts.cache(self._metrics),
             metrics=self._metrics,
             allocator=allocator,
+            gpus=gpus,
         )
+
+    async def _gpus(self) -> GpuWatch:
+        """The cards that may be used; with --cpu-only nobody looks for any. Raises errors.UsageError for the operator's table."""
+        machine = self._config.machine
+        table = cards.load(machine.gpu_cards)
+        pool = GpuPool(None if machine.cpu_only else table.slots)
+        gpus = GpuWatch(pool, None if machine.cpu_only else Nvml(), table, os.environ)
+        await gpus.look()
+        return gpus
 
     async def _listen(
         self, stack: contextlib.AsyncExitStack, catalog: Catalog, accounts: Accounts, api: Api
@@ -251,10 +288,6 @@ class Service:
             queue_match=self._config.queues.match.pattern,
             start_secs=round(time.monotonic() - self._began, 3),
         )
-        if not self._config.machine.cpu_only:
-            log.warning(
-                "no GPU is used: experiments that ask for one are left to other hosts; --cpu-only says it is meant so"
-            )
         self._notifier.ready("serving")
         try:
             await self._first(self.stop.drain.wait(), *sides)

@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from runner.experiment.workspace import Workspace
     from runner.request.model import Request, Resources
@@ -26,12 +26,18 @@ _DOLLAR = re.compile(r"\$(?:\{([A-Za-z_][A-Za-z0-9_]*)\}|([A-Za-z_][A-Za-z0-9_]*
 
 
 def workload(
-    request: Request, workspace: Workspace, granted: Resources, own: Mapping[str, str]
+    request: Request,
+    workspace: Workspace,
+    granted: Resources,
+    own: Mapping[str, str],
+    gpus: Sequence[str] = (),
 ) -> dict[str, str]:
     """The complete environment of the program, but for what the executor adds. `own` is the runner's environment.
 
+    `gpus`: the UUIDs of the cards that it was given; it sees no others.
+
     `%NAME%`, `$NAME` and `${NAME}` in a value of `config.env` stand for a variable of the environment built so far;
-    unknown names stay as they are. `config.env` wins over all but what makes the directory layout work.
+    unknown names stay as they are. `config.env` wins over all but what makes the directory layout work, and the cards.
     """
     env = {name: _USERINFO.sub("", value) for name, value in own.items() if _allowed(name)}
     threads = str(max(1, granted.cpus))
@@ -44,8 +50,6 @@ def workload(
             "MKL_NUM_THREADS": threads,
             "GOTO_NUM_THREADS": threads,
             "OPENBLAS_NUM_THREADS": threads,
-            "CUDA_VISIBLE_DEVICES": "-1",
-            "NVIDIA_VISIBLE_DEVICES": "-1",
         }
     )
     env.setdefault("PATH", "/usr/local/bin:/usr/bin:/bin")
@@ -58,6 +62,9 @@ def workload(
             "STUDIOML_HOME": str(workspace.root),
             "STUDIOML_EXPERIMENT": workspace.run_id,
             "TMPDIR": str(workspace.tmp),
+            "CUDA_VISIBLE_DEVICES": ",".join(gpus) or "-1",
+            "NVIDIA_VISIBLE_DEVICES": ",".join(gpus) or "-1",
+            "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         }
     )
     env.pop("STUDIOML_ARTIFACT_MAPPING", None)  # the client then finds ../<tag> beside the workspace

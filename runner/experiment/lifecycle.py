@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from runner.process.base import ProcessExit
     from runner.process.spawner import Process
     from runner.request.model import Request, Resources
+    from runner.resources.gpupool import Grant
 
 log = structlog.get_logger(__name__)
 
@@ -60,6 +61,7 @@ class Experiment:
         workspace: Workspace,
         tools: Tools,
         granted: Resources | None,
+        gpus: tuple[Grant, ...] = (),
         second: int | None = None,
         started: float | None = None,
     ) -> None:
@@ -74,6 +76,7 @@ class Experiment:
         self.unrecorded = False  #: its document in storage does not say how it ended
         self._tools = tools
         self._granted = granted
+        self.gpus = gpus  #: the parts of cards that it was given
         self.accession = names.Accession(
             tools.host,
             names.claim_second(tools.config.paths.state_dir, tools.host, self.started)
@@ -133,6 +136,7 @@ class Experiment:
             "accession": str(self.accession),
             "stage": self.stage,
             "started": self.started,
+            "gpus": list(self._uuids),
             "last": self._record.last,
             "artifacts": self._artifacts.addresses(),
         }
@@ -215,13 +219,14 @@ class Experiment:
             workspace=self.workspace.workspace,
             filename=self.request.filename,
             args=self.request.args,
-            env=environ.workload(self.request, self.workspace, self._granted, os.environ)
+            env=environ.workload(self.request, self.workspace, self._granted, os.environ, self._uuids)
             if self._granted
             else {},
             python=self.request.python,
             requirements=self.request.requirements,
             extra_requirements=self.request.extra_requirements,
-            limits=_limits(self._granted),
+            gpus=bool(self.gpus),
+            limits=_limits(self._granted, self._uuids),
         )
         async with self._tools.executor.prepare(spec, self.workspace.builder_log) as prepared:
             if (expired := self._expired()) is not None:
@@ -248,7 +253,13 @@ class Experiment:
         self._record.ended(ended)
         if ended.stopped:  # without a reason: everything is being closed
             return Outcome.of_stop(*self._stopping or (errors.Reason.DRAINED, "the runner ended"))
+        if not ended.ok and (why := await self._tools.gpus.failed(self._uuids)):
+            return Outcome.of_stop(errors.Reason.GPU, why)
         return Outcome.of_exit(ended)
+
+    @property
+    def _uuids(self) -> tuple[str, ...]:
+        return tuple(grant.uuid for grant in self.gpus)
 
     async def _wait(self, process: Process) -> ProcessExit:
         try:
@@ -374,10 +385,10 @@ class Experiment:
             yield
 
 
-def _limits(granted: Resources | None) -> Limits:
+def _limits(granted: Resources | None, gpus: tuple[str, ...]) -> Limits:
     if granted is None:
         return Limits()
-    return Limits(cpus=granted.cpus, ram_bytes=granted.ram_bytes, hdd_bytes=granted.hdd_bytes)
+    return Limits(cpus=granted.cpus, ram_bytes=granted.ram_bytes, hdd_bytes=granted.hdd_bytes, gpus=gpus)
 
 
 def _closing_line(workspace: Workspace, line: str) -> None:

@@ -86,10 +86,13 @@ class Outcome:
 
     @classmethod
     def of_stop(cls, reason: errors.Reason, text: str) -> Outcome:
-        """The runner ended it. Only a drained one goes back to its queue, and that is no attempt.
+        """The runner ended it. A drained one goes back to its queue, and that is no attempt.
 
-        Nor is one whose lease was lost: its message is there already, or with another runner.
+        Nor is one whose lease was lost: its message is there already, or with another runner. One whose GPU failed goes back
+        as well, and was one.
         """
+        if reason is errors.Reason.GPU:
+            return cls.of_error(errors.GpuFailed(text))
         drained = reason in {errors.Reason.DRAINED, errors.Reason.LEASE_LOST}
         return cls(
             status=_STOPS.get(reason, Status.FAILED),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import io
 import os
 import threading
@@ -177,9 +178,11 @@ class Record:
     def _begun(self) -> Document:
         if self._document is None:
             granted = self._experiment.granted
-            machine = (
-                {} if granted is None else {"granted": {"cpus": granted.cpus, "ram_bytes": granted.ram_bytes}}
-            )
+            machine: dict[str, dict[str, object]] = {}
+            if granted is not None:
+                machine["granted"] = {"cpus": granted.cpus, "ram_bytes": granted.ram_bytes}
+                if gpus := self._experiment.gpus:
+                    machine["granted"]["gpus"] = [dataclasses.asdict(grant) for grant in gpus]
             self._document = Document.begin(self._subject(), schema=self._schema, asset=self._asset())
             self._document.set_running(
                 started=self._experiment.started,

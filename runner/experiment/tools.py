@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from runner.executors.base import Executor
     from runner.process.spawner import Spawner
     from runner.resources.allocator import Allocator
+    from runner.resources.gpuwatch import GpuWatch
     from runner.storage.base import Location
     from runner.storage.cache import ArtifactCache
     from runner.storage.registry import Stores
@@ -28,6 +29,7 @@ class Tools:
     cache: ArtifactCache | None  #: None: every artifact is fetched anew
     metrics: Metrics
     allocator: Allocator
+    gpus: GpuWatch
     unlistable: set[Location] = dataclasses.field(
         default_factory=set
     )  #: places whose objects may not be listed

@@ -1,3 +1,3 @@
-"""The machine's cores, memory and disk: reserved all or nothing, never promised twice."""
+"""The machine's cores, memory, disk and GPUs: reserved all or nothing, never promised twice."""
 
 from __future__ import annotations

@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from runner import errors, units
 from runner.request.model import Resources
+from runner.resources.gpupool import GpuPool
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from runner.resources.gpupool import Grant
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,7 +26,12 @@ class Allocation:
 
     number: int
     amounts: Resources
+    gpus: tuple[Grant, ...] = ()  #: parts of cards
     allocator: Allocator = dataclasses.field(repr=False, compare=False)
+
+    def name(self, home: str) -> None:
+        """The run that has it got this `STUDIOML_HOME`: by that its processes are known on the cards."""
+        self.allocator.gpus.name(self.number, home)
 
     def release(self) -> None:
         """Give it back. Any further call does nothing."""
@@ -33,16 +41,18 @@ class Allocation:
 @dataclasses.dataclass(kw_only=True, eq=False)
 class _Waiter:
     ask: Resources
+    owner: str
     rank: Callable[[], float]
     keeps: bool  #: what has become free is kept for it
     granted: asyncio.Future[Allocation]
 
 
 class Allocator:
-    """Cores, memory and disk of one machine. GPUs: none yet, so a request for any never fits."""
+    """Cores, memory, disk and GPUs of one machine. `owner` is the queue that asks: a card serves one at a time."""
 
-    def __init__(self, total: Resources, disk_free: Callable[[], int]) -> None:
+    def __init__(self, total: Resources, disk_free: Callable[[], int], gpus: GpuPool | None = None) -> None:
         self.total = total
+        self.gpus = GpuPool() if gpus is None else gpus
         self._disk_free = disk_free
         self._held: dict[int, Allocation] = {}
         self._numbers = itertools.count(1)
@@ -68,14 +78,18 @@ class Allocator:
             ram_bytes=self.total.ram_bytes - sum(amounts.ram_bytes for amounts in held),
             # What runs have written already is missing from the free space as well: counted twice, on the safe side.
             hdd_bytes=max(0, min(self.total.hdd_bytes, self._disk_free()) - promised),
+            gpus=self.gpus.free_slots,
         )
 
     @property
     def room(self) -> Resources:
-        """What a newcomer could be granted now: `free`, less what is kept for one that has waited for long."""
+        """What a newcomer could be granted now, GPUs apart: `free`, less what is kept for one that has waited for long."""
+        return _less(self.free, self._keeper)
+
+    @property
+    def _keeper(self) -> _Waiter | None:
         keepers = [waiter for waiter in self._waiters if waiter.keeps]
-        first = min(keepers, key=lambda waiter: waiter.rank(), default=None)
-        return _less(self.free, first)
+        return min(keepers, key=lambda waiter: waiter.rank(), default=None)
 
     @property
     def held(self) -> int:
@@ -83,10 +97,8 @@ class Allocator:
         return len(self._held)
 
     def lacking(self, ask: Resources, of: Resources) -> str:
-        """What of `of` there is too little of for `ask`, in words; empty when it fits."""
+        """What of `of`, GPUs apart, there is too little of for `ask`, in words; empty when it fits."""
         ask = self.normalise(ask)
-        if ask.gpus:
-            return f"{ask.gpus} GPU slots are asked for, there are no GPUs"
         short = []
         if ask.cpus > of.cpus:
             short.append(f"{ask.cpus} cores are asked for, {of.cpus} are there")
@@ -100,11 +112,23 @@ class Allocator:
                 )
         return "; ".join(short)
 
-    def fits(self, ask: Resources) -> bool:
-        """Whether `allocate` would grant it now."""
-        return not self.lacking(ask, self.free)
+    def short(self, ask: Resources, owner: str = "", room: Resources | None = None) -> str:
+        """What there is too little of now, in words; empty when `allocate` would grant it. `room`: of a moment ago."""
+        short = (self.lacking(ask, room or self.room), self._short_of_gpus(ask, owner, self._keeper))
+        return "; ".join(filter(None, short))
 
-    def allocate(self, ask: Resources, *, instead_of: Allocation | None = None) -> Allocation:
+    def _short_of_gpus(self, ask: Resources, owner: str, keeper: _Waiter | None) -> str:
+        if ask.gpus and keeper is not None and keeper.ask.gpus:
+            return "GPUs are kept for a message that has waited for long"
+        return self.gpus.lacking(ask, owner)
+
+    def fits(self, ask: Resources, owner: str = "") -> bool:
+        """Whether `allocate` would grant it now."""
+        return not self.short(ask, owner)
+
+    def allocate(
+        self, ask: Resources, owner: str = "", *, instead_of: Allocation | None = None
+    ) -> Allocation:
         """Reserve all of it, or nothing. `instead_of` is given up for it, whatever comes of it; first of all to this ask.
 
         Raises:
@@ -112,30 +136,31 @@ class Allocator:
             errors.NoCapacity: it has, but not now.
         """
         if instead_of is not None and self._held.pop(instead_of.number, None) is not None:
+            self.gpus.give_back(instead_of.number)
             try:
-                fits = not self.lacking(ask, instead_of.amounts)
-                return self._reserve(ask) if fits else self.allocate(ask)
+                fits = not self.lacking(ask, instead_of.amounts) and not self.gpus.lacking(ask, owner)
+                return self._reserve(ask, owner) if fits else self.allocate(ask, owner)
             finally:
                 self._grant()
                 self._changed()
         self.check(ask)
-        if short := self.lacking(ask, self.free):
-            if not self._held:  # a disk that others have filled: no run that ends will change that
+        if short := self.short(ask, owner):
+            # A disk that others have filled: no run that ends will change that. Memory of cards does come back.
+            if not self._held and self.lacking(ask, self.free):
                 raise errors.NeverFits(f"more than this machine has to give: {short}")
             raise errors.NoCapacity(f"not enough room now: {short}", lacking=short)
-        if short := self.lacking(ask, self.room):
-            raise errors.NoCapacity(f"room is kept for what has waited for long: {short}", lacking=short)
-        return self._reserve(ask)
+        return self._reserve(ask, owner)
 
     def check(self, ask: Resources) -> None:
         """Raises `errors.NeverFits` when this machine as a whole has less than `ask`."""
-        if short := self.lacking(ask, self.total):
+        if short := "; ".join(filter(None, (self.lacking(ask, self.total), self.gpus.never(ask)))):
             raise errors.NeverFits(f"more than this machine has: {short}")
 
     async def acquire(
         self,
         ask: Resources,
         *,
+        owner: str = "",
         rank: Callable[[], float],
         timeout_secs: float,
         keeps: bool = False,
@@ -150,11 +175,11 @@ class Allocator:
             errors.NeverFits, and errors.NoCapacity when there was no room within `timeout_secs`.
         """
         try:
-            return self.allocate(ask)
+            return self.allocate(ask, owner)
         except errors.NoCapacity as exc:
             refusal = exc
         granted: asyncio.Future[Allocation] = asyncio.get_running_loop().create_future()
-        waiter = _Waiter(ask=ask, rank=rank, keeps=keeps, granted=granted)
+        waiter = _Waiter(ask=ask, owner=owner, rank=rank, keeps=keeps, granted=granted)
         self._waiters.append(waiter)
         if keeps:
             self._changed()
@@ -179,6 +204,11 @@ class Allocator:
         """Give it back; does nothing for what is not out. `Allocation.release` is the usual way here."""
         if self._held.pop(allocation.number, None) is None:
             return
+        self.gpus.give_back(allocation.number)
+        self.reconsider()
+
+    def reconsider(self) -> None:
+        """There may be more to give than before: serve those who wait, and tell the listeners."""
         self._grant()
         self._changed()
 
@@ -188,14 +218,17 @@ class Allocator:
         for waiter in sorted(self._waiters, key=lambda waiter: (not waiter.keeps, waiter.rank())):
             if waiter.granted.done():
                 continue
-            if not self.lacking(waiter.ask, _less(self.free, keeper)):
+            short = self.lacking(waiter.ask, _less(self.free, keeper))
+            if not short and not self._short_of_gpus(waiter.ask, waiter.owner, keeper):
                 self._waiters.remove(waiter)
-                waiter.granted.set_result(self._reserve(waiter.ask))
+                waiter.granted.set_result(self._reserve(waiter.ask, waiter.owner))
             elif waiter.keeps and keeper is None:
                 keeper = waiter
 
-    def _reserve(self, ask: Resources) -> Allocation:
-        allocation = Allocation(number=next(self._numbers), amounts=self.normalise(ask), allocator=self)
+    def _reserve(self, ask: Resources, owner: str) -> Allocation:
+        number = next(self._numbers)
+        gpus = self.gpus.take(ask, owner, number)
+        allocation = Allocation(number=number, amounts=self.normalise(ask), gpus=gpus, allocator=self)
         self._held[allocation.number] = allocation
         self._changed()
         return allocation

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pathlib
 import shutil
 from typing import TYPE_CHECKING
 
@@ -52,3 +54,23 @@ def disk_free(volume: Path) -> int:
     """Bytes that may be promised on that volume now: what is free, less the reserve."""
     usage = shutil.disk_usage(volume)
     return max(0, usage.free - int(usage.total * DISK_RESERVE))
+
+
+#: The inode of the machine's first process id namespace, in every kernel since Linux 3.8 (PROC_PID_INIT_INO).
+_HOST_PIDS = "pid:[4026531836]"
+
+
+def sees_all_processes() -> bool:
+    """Whether process ids mean here what they mean to the kernel: not in a container, unless it shares the host's."""
+    with contextlib.suppress(OSError):
+        return str(pathlib.Path("/proc/self/ns/pid").readlink()) == _HOST_PIDS
+    return False
+
+
+def environment(pid: int) -> dict[str, str]:
+    """The environment that a process was started with; empty when it is gone, or another user's."""
+    with contextlib.suppress(OSError):
+        content = pathlib.Path("/proc", str(pid), "environ").read_bytes()
+        pairs = (entry.partition(b"=") for entry in content.split(b"\0") if b"=" in entry)
+        return {os.fsdecode(name): os.fsdecode(value) for name, _, value in pairs}
+    return {}

@@ -43,6 +43,14 @@ OTHERS = "_others"
 _QUEUE_TYPE = {"rabbitmq": "rabbitMQ"}
 _RUN_QUEUE_TYPE = {"rabbitmq": "rmq"}
 
+_GPU_GAUGES = (
+    ("slots", "Slots that a card has", "slots"),
+    ("free_slots", "Slots of a card that are not promised; 0 while it is fenced", "free_slots"),
+    ("memory_bytes", "Memory that a card has", "memory_bytes"),
+    ("memory_used_bytes", "Memory of a card in use, by whomever", "used_bytes"),
+    ("fenced", "1 for a card that has failed and is not used", "fenced"),
+)
+
 _STAGE_SECS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 60, 180, 600, 1800, 3600, 3 * 3600, 12 * 3600, 48 * 3600)
 _WAIT_SECS = (
     0.1,
@@ -65,6 +73,19 @@ _WAIT_SECS = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """One card, right now."""
+
+    uuid: str
+    name: str
+    slots: int
+    free_slots: int
+    memory_bytes: int
+    used_bytes: int
+    fenced: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Free:
     """What the allocator could still give away, right now."""
 
@@ -72,6 +93,7 @@ class Free:
     mem_bytes: int
     disk_bytes: int
     gpu_slots: int = 0
+    gpus: Sequence[Gpu] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -317,4 +339,9 @@ class _Reference:
         ):
             family = GaugeMetricFamily(f"runner_resource_{name}", text, labels=("host",))
             family.add_metric((self._host,), value)
+            yield family
+        for name, text, attribute in _GPU_GAUGES:
+            family = GaugeMetricFamily(f"runner_gpu_{name}", text, labels=("gpu", "name"))
+            for gpu in free.gpus:  # as many as the machine has
+                family.add_metric((gpu.uuid, gpu.name), getattr(gpu, attribute))
             yield family

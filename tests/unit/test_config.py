@@ -25,6 +25,7 @@ REACHES = {
     "state-dir": ("/s", "paths.state_dir"),
     "debug": ("true", "paths.keep_runs"),
     "cpu-only": ("true", "machine.cpu_only"),
+    "gpu-cards": ("/cards.toml", "machine.gpu_cards"),
     "max-cores": ("3", "machine.max_cores"),
     "max-mem": ("3gb", "machine.max_mem_bytes"),
     "max-disk": ("3gb", "machine.max_disk_bytes"),

@@ -8,7 +8,7 @@ import pytest
 
 from runner.daemon import gates
 from runner.daemon.gates import Gates
-from runner.daemon.queuestate import QueueState
+from runner.daemon.queuestate import Asking, QueueState
 from runner.queues.base import QueueRef
 from runner.queues.memory import MemoryBackend
 from runner.request.model import Resources
@@ -26,9 +26,9 @@ class Machine:
         self.asked = 0
         self.gates = Gates(shut=lambda: self.shut, lacks=self.lacks)
 
-    def lacks(self, ask: Resources | None) -> bool:
+    def lacks(self, asking: Asking) -> bool:
         self.asked += 1
-        return self.room < (ask.cpus if ask else 1)
+        return self.room < (asking.ask.cpus if asking.ask else 1)
 
 
 def queue(number: int, ask: Resources | None = None) -> QueueState:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from runner.experiment import environ
 from runner.experiment.workspace import Workspace
 from runner.request.model import Request, Resources
@@ -21,9 +23,9 @@ OWN = {
 }
 
 
-def built(env=None, cpus=2):
+def built(env=None, cpus=2, gpus=()):
     workspace = Workspace(root=Path("/runs/abc.0"))
-    return environ.workload(Request(key="k", env=env or {}), workspace, Resources(cpus=cpus), OWN)
+    return environ.workload(Request(key="k", env=env or {}), workspace, Resources(cpus=cpus), OWN, gpus)
 
 
 def test_nothing_of_the_runners_own_secrets_passes():
@@ -57,6 +59,15 @@ def test_the_layout_of_the_reference():
     assert env["PYTHONUNBUFFERED"] == "1"
 
 
-def test_without_a_granted_gpu_none_is_visible():
-    env = built()
-    assert env["CUDA_VISIBLE_DEVICES"] == env["NVIDIA_VISIBLE_DEVICES"] == "-1"
+@pytest.mark.parametrize(
+    ("gpus", "seen"), [((), "-1"), (("GPU-a",), "GPU-a"), (("GPU-a", "GPU-b"), "GPU-a,GPU-b")]
+)
+def test_granted_gpus_are_visible_and_no_others_whatever_the_message_says(gpus, seen):
+    asked = {
+        "CUDA_VISIBLE_DEVICES": "0",
+        "NVIDIA_VISIBLE_DEVICES": "all",
+        "CUDA_DEVICE_ORDER": "FASTEST_FIRST",
+    }
+    env = built(asked, gpus=gpus)
+    assert env["CUDA_VISIBLE_DEVICES"] == env["NVIDIA_VISIBLE_DEVICES"] == seen
+    assert env["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"

@@ -64,6 +64,19 @@ def test_the_references_names_are_there_as_they_are(counts):
         assert samples(counts, f"runner_resource_{name}") == [({"host": "host1"}, value)]
 
 
+def test_each_card_has_its_own_series_while_it_is_there(counts):
+    card = metrics.Gpu(
+        uuid="GPU-a", name="Tesla T4", slots=4, free_slots=1, memory_bytes=16, used_bytes=5, fenced=False
+    )
+    cards = [card]
+    counts.watch_free(lambda: metrics.Free(cores=0, mem_bytes=0, disk_bytes=0, gpus=cards))
+    values = {"slots": 4, "free_slots": 1, "memory_bytes": 16, "memory_used_bytes": 5, "fenced": 0}
+    for name, value in values.items():
+        assert samples(counts, f"runner_gpu_{name}") == [({"gpu": "GPU-a", "name": "Tesla T4"}, value)]
+    cards.clear()
+    assert not samples(counts, "runner_gpu_slots")
+
+
 def test_the_well_formed_ones_stand_beside_them(counts):
     everything(counts)
     counts.experiment_finished(RUN, status="failed", reason="oom")
