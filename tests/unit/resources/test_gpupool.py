@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from runner import errors
@@ -263,3 +265,19 @@ def test_while_the_driver_says_nothing_nothing_is_given_away_and_nobody_is_hurt(
     assert not machine.pool.fenced(["GPU-a"])
     machine.look()
     machine.run()
+
+
+async def test_cards_are_kept_for_what_has_waited_for_long():
+    """A queue whose runs overlap without an end would keep its card from the others for ever."""
+    machine = Machine(card()).allocator
+    first = machine.allocate(Resources(gpus=1), "busy")
+    keeper = asyncio.create_task(
+        machine.acquire(Resources(gpus=1), owner="patient", rank=lambda: 0, timeout_secs=60, keeps=True)
+    )
+    await asyncio.sleep(0)
+    with pytest.raises(errors.NoCapacity, match="kept"):
+        machine.allocate(Resources(gpus=1), "busy")
+    assert machine.allocate(Resources(), "busy").gpus == ()
+    first.release()
+    async with asyncio.timeout(60):
+        assert len((await keeper).gpus) == 1
