@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import math
 import random
 import secrets
 import time
@@ -78,6 +79,8 @@ class Hold:
         self._declared = bool(lease.stamp(message.properties.headers).token)
         self._seq = 0  # for as long as the original may be around
         self._expires = 0.0  # when the copy in the lease queue returns
+        self._slept = False  # this process did not run for a while, and has not found its copy since
+        self._due = math.inf  # a process that runs has looked after its copy by then
         self._turn = asyncio.Lock()  # one exchange about its copy at a time
         self._since = time.monotonic()
         self._timer: asyncio.TimerHandle | None = None
@@ -154,7 +157,9 @@ class Hold:
             if self._lost or self._ended or not (self._leased or (self._in_doubt and self._held is None)):
                 return
             if await self._leases.look(self) is not lease.Finding.OURS:
-                self._lose()
+                self._lose(
+                    superseded=self._slept or now() > self._due
+                )  # the message may be here before `_keep` is
 
     async def close(self) -> bool:
         """The account is being closed: what is leased goes back now, what is on its channel does so with that."""
@@ -285,17 +290,16 @@ class Hold:
         wait = regular if self._held is None else settling
         told_on: int | None = None
         failures = sightings = 0
-        slept = False
         while True:
-            began = now()
+            self._due = now() + wait + 2 * self.step_secs + secs / 12
             # Two that hold the same bytes must not look at the same moments: each would see the other's copy only.
             await asyncio.sleep(wait * random.uniform(0.8, 1.0))
             told_on = await self._let_go(told_on)
             finding = await self._look_after()
-            slept = slept or now() - began > wait + 2 * self.step_secs + secs / 12
+            self._slept = self._slept or now() > self._due
             if finding is lease.Finding.OURS:
                 self._seq += bool(self._seq)
-                wait, failures, sightings, slept = regular if told_on is None else settling, 0, 0, False
+                wait, failures, sightings, self._slept = regular if told_on is None else settling, 0, 0, False
             elif finding is None:
                 failures += 1
                 wait = wire.backoff(failures, min(wire.UNREACHABLE_DELAY_SECS, secs / 10))
@@ -307,9 +311,9 @@ class Hold:
             ):
                 wait = min(1.0, secs / 10) * random.uniform(0.3, 1.0)
             else:
-                if slept or not self._lost:
-                    self._lose(superseded=slept)
-                if slept:
+                if self._slept or not self._lost:
+                    self._lose(superseded=self._slept)
+                if self._slept:
                     return
                 wait = min(regular, LOST_SECS)
 

@@ -250,6 +250,21 @@ async def test_a_process_that_slept_past_its_lease_has_to_stop(rabbitmq, name):
         assert await held.ack() is False
 
 
+async def test_its_own_message_is_not_handed_out_before_that_is_said(rabbitmq, name, monkeypatch):
+    rabbitmq.declare(name, durable=True)
+    rabbitmq.publish(name, BODY, persistent=True)
+    async with host(rabbitmq) as one:
+        held = await one.take(name)
+        await leased(rabbitmq, name, BODY)
+        waiting = asyncio.create_task(one.take(name))
+        monkeypatch.setattr(rabbitmq_lease, "renew", lambda *_, **__: hanging())  # what is slow to find out
+        one.backend._lane.post(time.sleep, TERMS.secs + 2)
+        again = await asyncio.wait_for(waiting, LIMIT)
+        assert held.superseded
+        assert held.lost.is_set()
+        assert await again.ack() is True
+
+
 async def test_a_process_that_slept_for_less_has_not(rabbitmq, name):
     rabbitmq.declare(name, durable=True)
     rabbitmq.publish(name, BODY, persistent=True)
