@@ -63,8 +63,12 @@ class Dispatcher:
         endpoints: Endpoints,
         metrics: Metrics,
         left_behind: Mapping[str, list[bytes]],
+        closed: Callable[[], str] = lambda: "",
     ) -> None:
-        """`left_behind`: messages of runs that the last daemon did not see to their end, by `QueueState.ledger_key`."""
+        """`left_behind`: messages of runs that the last daemon did not see to their end, by `QueueState.ledger_key`.
+
+        `closed`: why this machine takes no work at all now; empty when it does. `notify` is to be called when that changes.
+        """
         self._allocator = allocator
         self._runs = runs
         self._ledger = ledger
@@ -77,6 +81,7 @@ class Dispatcher:
         self._changed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._free: tuple[float, Resources] | None = None
         self._draining = False
+        self._closed = closed
         allocator.on_change(self.notify)
 
     @property
@@ -168,6 +173,8 @@ class Dispatcher:
     def _no_room(self, state: QueueState) -> str:
         if state.running and self._runs.orphaned(state):
             return ""  # its message is on its way back, and needs no room
+        if why := self._closed():
+            return why
         free = self._free_now()
         if free.cpus < 1:
             return "no core is free"
@@ -362,6 +369,8 @@ class Dispatcher:
             request.resources, rank=state.usage, timeout_secs=PARK_SECS
         )
         try:
+            if why := self._closed():
+                raise errors.NoCapacity(why, lacking=why)
             if self._runs.exhausted:  # by another queue, meanwhile
                 raise errors.NoCapacity(
                     "the limit of tasks is reached", lacking="the limit of tasks is reached"

@@ -29,17 +29,20 @@ from runner.daemon.accounts import Accounts
 from runner.daemon.api import Api
 from runner.daemon.attempts import Ledger
 from runner.daemon.deadletters import DeadLetters
+from runner.daemon.diskroom import Cache, DiskRoom
 from runner.daemon.dispatch import Dispatcher
 from runner.daemon.endpoints import Endpoints
 from runner.daemon.interrupted import Interrupted
 from runner.daemon.runs import Runs
 from runner.daemon.stop import Stop
-from runner.experiment import workspace
+from runner.experiment import runas, workspace
 from runner.experiment.tools import Tools
+from runner.process import cgroups
 from runner.process.spawner import Spawner
 from runner.queues.catalog import Added, Catalog
 from runner.resources import probe
 from runner.resources.allocator import Allocator
+from runner.resources.usage import Sampler
 from runner.telemetry import metrics as telemetry
 from runner.telemetry.http import HttpServer, Readiness
 from runner.telemetry.notify import Notifier
@@ -52,6 +55,7 @@ if TYPE_CHECKING:
     from runner.credentials.accounts import Account
     from runner.credentials.watch import Watch
     from runner.executors.base import Executor
+    from runner.process.base import User
     from runner.queues.base import QueueBackend
     from runner.queues.catalog import AccountStatus, Change
     from runner.storage.cache import ArtifactCache
@@ -124,9 +128,13 @@ class Service:
         asyncio.get_running_loop().set_default_executor(
             concurrent.futures.ThreadPoolExecutor(THREADS, thread_name_prefix="worker")
         )
+        user = runas.resolve(self._config.runs.run_as)
         with self.stop.on_signals(), lock.sole_daemon(paths.working_dir):
             state_dir = private_directory(paths.state_dir, "--state-dir")
             runs_dir = private_directory(paths.working_dir / "runs", "--working-dir")
+            runs_dir.chmod(0o700)
+            if user is not None:
+                runas.open_up(runs_dir, user)
             workspace.spread(runs_dir)
             async with contextlib.AsyncExitStack() as stack:
                 stack.enter_context(lock.held(state_dir, "--state-dir"))
@@ -140,7 +148,7 @@ class Service:
                 spawner = Spawner()
                 await spawner.open()
                 stack.push_async_callback(spawner.aclose)
-                tools = self._tools(spawner)
+                tools = self._tools(spawner, await self._groups(), user)
                 stack.callback(self._parts.stores.close)
                 endpoints = Endpoints(lambda: dispatcher.notify())  # noqa: PLW0108 - made below
                 stack.push_async_callback(endpoints.aclose)
@@ -158,6 +166,7 @@ class Service:
                     endpoints=endpoints,
                     changed=lambda: dispatcher.notify(),  # noqa: PLW0108 - made below
                 )
+                disk = self._disk(tools, lambda: dispatcher.notify())  # noqa: PLW0108 - made below
                 dispatcher = Dispatcher(
                     allocator=tools.allocator,
                     runs=runs,
@@ -165,7 +174,9 @@ class Service:
                     endpoints=endpoints,
                     metrics=self._metrics,
                     left_behind=left_behind,
+                    closed=lambda: disk.why_not,
                 )
+                await disk.look()
                 catalog = Catalog(
                     self._config.queues,
                     counters=self._metrics,
@@ -176,16 +187,19 @@ class Service:
                     catalog=catalog, runs=runs, watches=self._parts.watches, backend=self._parts.backend
                 )
                 stack.push_async_callback(accounts.aclose)
-                await self._listen(stack, catalog, accounts, Api(runs, dispatcher, catalog, dead_letters))
+                api = Api(runs, dispatcher, catalog, dead_letters)
+                await self._listen(stack, catalog, accounts, api, disk)
                 for backend in self._parts.backends:
                     await backend.open()
                     stack.push_async_callback(backend.aclose)
                 services = {
                     "catalog": catalog.run(self._config.queues.refresh_secs),
                     "credentials": accounts.run(),
+                    "disk": disk.run(),
                     "existence": dispatcher.watch_existence(),
                     "interrupted": left.run(),
                     "limits": self._limits(runs),
+                    "sampler": tools.sampler.run(),
                     "watchdog": self._notifier.watchdog(),
                 }
                 return await self._serve(services, dispatcher, runs)
@@ -197,7 +211,27 @@ class Service:
             private_directory(cache.directory, "--cache-dir")
             stack.callback(shutil.rmtree, cache.directory, ignore_errors=True)
 
-    def _tools(self, spawner: Spawner) -> Tools:
+    async def _groups(self) -> cgroups.Groups | None:
+        """How limits are seen to: by control groups, or (None) by measuring."""
+        try:
+            groups = await asyncio.to_thread(cgroups.Groups.find)
+        except cgroups.Unavailable as exc:
+            log.info("limits", mechanism="measured", why=str(exc))
+            return None
+        log.info("limits", mechanism=str(groups))
+        return groups
+
+    def _disk(self, tools: Tools, changed: Callable[[], None]) -> DiskRoom:
+        paths = self._config.paths
+        caches = [Cache(directory=self._config.environments.cache_dir, make_room=tools.executor.make_room)]
+        if (cache := tools.cache) is not None and (directory := self._config.cache.directory) is not None:
+            # What is fetched again costs less than what is built again.
+            caches.insert(
+                0, Cache(directory=directory, make_room=lambda needed: asyncio.to_thread(cache.evict, needed))
+            )
+        return DiskRoom([paths.working_dir, paths.state_dir], caches, changed=changed)
+
+    def _tools(self, spawner: Spawner, groups: cgroups.Groups | None, user: User | None) -> Tools:
         volume = self._config.paths.working_dir
         allocator = Allocator(probe.machine(self._config.machine, volume), lambda: probe.disk_free(volume))
         self._metrics.watch_free(
@@ -207,6 +241,8 @@ class Service:
                 disk_bytes=allocator.free.hdd_bytes,
             )
         )
+        sampler = Sampler(cost=self._metrics.sampled)
+        self._metrics.watch_use(lambda: sampler.now)
         return Tools(
             config=self._config,
             host=self._host,
@@ -216,16 +252,25 @@ class Service:
             cache=self._parts.cache(self._metrics),
             metrics=self._metrics,
             allocator=allocator,
+            sampler=sampler,
+            groups=groups,
+            user=user,
         )
 
     async def _listen(
-        self, stack: contextlib.AsyncExitStack, catalog: Catalog, accounts: Accounts, api: Api
+        self,
+        stack: contextlib.AsyncExitStack,
+        catalog: Catalog,
+        accounts: Accounts,
+        api: Api,
+        disk: DiskRoom,
     ) -> None:
         def readiness() -> Readiness:
             told = {status.account: _problem(status) for status in catalog.status()}
+            served = any(not problem for problem in told.values())
+            problems = dict(accounts.problems) | ({"disk": disk.why_not} if disk.why_not else {})
             return Readiness(
-                ready=not self.stop.drain.is_set() and any(not problem for problem in told.values()),
-                accounts=told | dict(accounts.problems),
+                ready=served and not self.stop.drain.is_set() and not disk.why_not, accounts=told | problems
             )
 
         server = HttpServer(

@@ -214,6 +214,12 @@ class _Channel:
             "env": dict(command.env),
             "cwd": str(command.cwd),
             "grace_secs": command.grace_secs,
+            "cleanup": command.cleanup,
+            "cleanup_secs": command.cleanup_secs,
+            "user": None
+            if command.user is None
+            else [command.user.uid, command.user.gid, list(command.user.groups)],
+            "group": None if command.group is None else [command.group.path, command.group.version],
         }
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # nobody there: `ended` comes
             await self._loop.sock_sendall(self._sock, json.dumps(spec).encode() + b"\n")
