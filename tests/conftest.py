@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 pytest_plugins = [
     "tests.servers.daemon",
     "tests.servers.faulty_http",
@@ -11,6 +15,28 @@ pytest_plugins = [
     "tests.servers.moto_sqs",  # it uses the one before
     "tests.servers.studioml_client",
 ]
+
+
+#: Asked in a process of its own, as a daemon that a test starts is: preparing groups may move the process that asks.
+_LIMITS = """
+from runner.process import cgroups
+try:
+    print(cgroups.Groups.find())
+except cgroups.Unavailable as exc:
+    print(f"measured ({exc})")
+"""
+
+
+def pytest_report_header() -> str:
+    """Which mechanism the daemons of these tests limit their runs by."""
+    asked = subprocess.run(
+        [sys.executable, "-c", _LIMITS],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return f"limits: {asked.stdout.strip() or asked.stderr.strip().splitlines()[-1]}"
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:

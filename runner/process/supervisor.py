@@ -288,7 +288,7 @@ def _oom_kills() -> int:
     except OSError:
         return -1
     try:
-        text = os.read(fd, 1 << 16)
+        text = os.read(fd, 1 << 14)
     finally:
         os.close(fd)
     _, found, rest = text.partition(b"\noom_kill ")

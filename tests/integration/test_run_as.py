@@ -133,7 +133,11 @@ async def test_runs_of_one_user_cannot_look_into_each_other(place: Path) -> None
 
 @as_root
 async def test_what_does_not_end_is_killed_and_its_directory_is_removed(place: Path) -> None:
-    script = "trap '' TERM; mkdir -p ../modeldir/closed/in && chmod 0 ../modeldir/closed; (setsid sh -c 'sleep 600' &)\nsleep 600 & wait; sleep 600"
+    script = """
+mkdir -p ../modeldir/closed/in && chmod 0 ../modeldir/closed
+(trap '' TERM; setsid sh -c 'sleep 600; true' &)
+sleep 600
+"""
     async with daemon(place, runs={"run_as": "nobody"}) as it:
         await it.submit(script, max_duration="1s")
         await it.settled()
