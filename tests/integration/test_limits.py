@@ -40,7 +40,7 @@ while time.monotonic() < end:
 """
 
 
-def asking(**amounts: str) -> dict[str, object]:
+def asking(**amounts: str) -> dict[str, Any]:
     return {"resources_needed": {"cpus": 1, "gpus": 0, **amounts}}
 
 
@@ -170,7 +170,9 @@ async def test_a_run_over_its_disk_is_ended(tmp_path: Path) -> None:
 async def test_a_full_volume_stops_taking_work_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(diskroom.DiskRoom.__init__.__kwdefaults__, "every_secs", 0.05)
+    defaults = diskroom.DiskRoom.__init__.__kwdefaults__
+    assert defaults is not None
+    monkeypatch.setitem(defaults, "every_secs", 0.05)
     monkeypatch.setattr(diskroom, "LOW_BYTES", 1 << 62)
     monkeypatch.setattr(diskroom, "LOW_SHARE", 1.0)
     async with daemon(tmp_path) as running:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import pwd
 import stat
@@ -18,6 +17,7 @@ from runner import errors
 from runner.executors.base import Prepared
 from runner.experiment import runas
 from runner.experiment.workspace import Workspace
+from runner.process.base import User
 from tests.integration import harness
 from tests.integration.harness import daemon
 
@@ -165,13 +165,18 @@ def _line(path: Path) -> bytes:
     return b""
 
 
+def resolved(name: str) -> User:
+    user = runas.resolve(name)
+    assert user is not None
+    return user
+
+
 def test_who_is_meant(monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    nobody = runas.resolve("nobody")
-    assert nobody is not None
+    nobody = resolved("nobody")
     assert (nobody.name, nobody.uid) == ("nobody", pwd.getpwnam("nobody").pw_uid)
-    assert runas.resolve(str(UID)).uid == UID
-    both = runas.resolve(f"{UID}:777")
+    assert resolved(str(UID)).uid == UID
+    both = resolved(f"{UID}:777")
     assert (both.uid, both.gid, both.name) == (UID, 777, str(UID))
     assert runas.resolve("") is None
     for name, why in (
@@ -190,7 +195,7 @@ def test_a_working_directory_that_the_user_cannot_enter_is_refused_with_its_name
     closed = place / "closed"
     (closed / "runs").mkdir(parents=True)
     closed.chmod(0o700)
-    user = runas.resolve(str(UID)) if os.geteuid() == 0 else runas.User(name="x", uid=UID, gid=UID)
+    user = User(name="x", uid=UID, gid=UID)
     with pytest.raises(errors.UsageError, match=f"cannot enter {closed}, where runs are"):
         runas.open_up(closed / "runs", user)
     closed.chmod(0o711)
@@ -209,11 +214,10 @@ def test_a_file_that_has_names_outside_of_the_run_stays_ours(place):
     (env / "one").write_text("x")
     os.link(env / "one", env / "two")
     (env / "link").symlink_to(shared)
-    user = runas.hand_over(workspace, runas.User(name="x", uid=UID, gid=777, groups=(777, 888)))
+    user = runas.hand_over(workspace, User(name="x", uid=UID, gid=777, groups=(777, 888)))
     assert user.groups == (777, 888)
     assert user.gid >= runas.FIRST_GROUP
     assert shared.stat().st_uid == 0
     assert {(env / name).lstat().st_uid for name in ("one", "two", "link")} == {UID}
     assert workspace.private.stat().st_uid == 0
     assert stat.S_IMODE(workspace.private.stat().st_mode) == 0o700
-    assert json.dumps(user.uid) == str(UID)

@@ -74,7 +74,8 @@ def test_a_run_that_asks_for_no_memory_has_no_limit(tree):
     group = cgroups.Groups(own, 2).make("abc.0", cpus=0, ram_bytes=0)
     assert (Path(group.path) / "memory.max").read_text() == "max"
     assert (Path(group.path) / "cpu.weight").read_text() == "100"
-    assert cgroups.Groups(own, 2).make("abc.1", cpus=500, ram_bytes=0)
+    huge = cgroups.Groups(own, 2).make("abc.1", cpus=500, ram_bytes=0)
+    assert (Path(huge.path) / "cpu.weight").read_text() == "10000"
 
 
 def behave(monkeypatch: pytest.MonkeyPatch, own: Path) -> list[tuple[str, str]]:

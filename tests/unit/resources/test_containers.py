@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING
 
 import psutil
@@ -128,9 +127,9 @@ def test_the_machine_is_cut_to_the_container_and_options_cut_further(tree, tmp_p
     less = config.Machine(max_mem_bytes=GIB // 8, max_disk_bytes=GIB)
     cut = probe.machine(less, tmp_path, tree.root)
     assert (cut.ram_bytes, cut.hdd_bytes) == (GIB // 8, min(GIB, whole.hdd_bytes))
-    for asked in ({"max_cores": 2}, {"max_mem_bytes": GIB}):
+    for asked in (config.Machine(max_cores=2), config.Machine(max_mem_bytes=GIB)):
         with pytest.raises(errors.UsageError, match="ask for at most that"):
-            probe.machine(dataclasses.replace(less, **asked), tmp_path, tree.root)
+            probe.machine(asked, tmp_path, tree.root)
 
 
 def test_without_a_container_it_is_the_machine(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,7 +16,7 @@ from runner.resources import usage
 from runner.resources.usage import Cards, Sampler, Use
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
     from pathlib import Path
 
 MIB = 1 << 20
@@ -141,8 +142,8 @@ while True:
         ):
             enough.set()
 
-    def cards(uuids: tuple[str, ...]) -> Cards:
-        asked.append(uuids)
+    def cards(uuids: Sequence[str]) -> Cards:
+        asked.append(tuple(uuids))
         return Cards(memory_bytes=5, utilization=0.5)
 
     sampler = Sampler(every_secs=0.05, cards=cards, cost=costs.append)
@@ -153,7 +154,7 @@ while True:
             await enough.wait()
             assert sampler.now[1] > 120 * MIB
         assert sampler.now == (0, 0, 0)
-    assert await process.stop(0)
+    await process.stop(0)
     assert use.memory.peak < 250 * MIB
     assert use.processes == 2
     assert use.disk.peak < 4 * MIB
@@ -199,7 +200,7 @@ async def test_a_directory_near_its_limit_is_measured_early(
         context=None,  # type: ignore[arg-type]
     )
     monkeypatch.setattr(usage, "DISK_SECS", 3600.0)
-    watched.disk_at = usage.time.monotonic()
+    watched.disk_at = time.monotonic()
     watched.disk_free = 500 * MIB
     watched.use.disk.add(50 * MIB)
     for free, due in ((500 * MIB, False), (480 * MIB, False), (469 * MIB, True), (600 * MIB, False)):
