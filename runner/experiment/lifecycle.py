@@ -279,8 +279,8 @@ class Experiment:
                 group=group,
             )
         finally:
-            if group is not None:
-                group.remove()  # its supervisor has, unless it was killed
+            if group is not None and not group.gone():  # its supervisor was killed
+                await asyncio.to_thread(group.remove)
 
     async def _sampled(self, process: Process) -> ProcessExit:
         """Wait for its end; what it uses is watched meanwhile, and held against what it was granted."""

@@ -40,6 +40,7 @@ class Bounds:
         self._enforced = enforced
         self._stop = stop
         self._said: set[str] = set()
+        self._stopped = False
 
     def __call__(self, use: Use) -> None:
         """Warn or stop when it uses too much."""
@@ -66,7 +67,9 @@ class Bounds:
 
     def _over(self, reason: errors.Reason, text: str) -> None:
         if self._enforced:
-            self._stop(reason, text)
+            if not self._stopped:
+                self._stop(reason, text)
+            self._stopped = True
         else:
             self._once("a run uses more than it was granted", why=text)
 

@@ -40,7 +40,6 @@ log = structlog.get_logger(__name__)
 
 #: Groups of runs begin here: above what systems, containers and directories of users give away, below 2**31.
 FIRST_GROUP, GROUPS = 0x7010_0000, 1 << 19
-_ROOT_ONLY = "only root can start programs as another user: start the daemon as root, or leave --run-as out"
 
 
 def resolve(name: str) -> User | None:
@@ -52,7 +51,9 @@ def resolve(name: str) -> User | None:
     if not name:
         return None
     if os.geteuid() != 0:
-        raise errors.UsageError(f"--run-as {name}: {_ROOT_ONLY}")
+        raise errors.UsageError(
+            f"--run-as {name}: only root can start programs as another user: start the daemon as root, or leave it out"
+        )
     uid, _, gid = name.partition(":")
     try:
         entry = pwd.getpwuid(int(uid)) if uid.isdecimal() else pwd.getpwnam(uid)

@@ -53,6 +53,10 @@ class Group:
         limit = self._number(_ENTRIES[self.version][2])
         return limit if limit < _UNLIMITED else 0
 
+    def gone(self) -> bool:
+        """Whether it has been removed."""
+        return not os.path.isdir(self.path)  # noqa: PTH112 - pathlib costs megabytes here
+
     def remove(self) -> None:
         """Remove it; nothing when it is gone. One that is not empty stays: the next start of a daemon removes it."""
         until = time.monotonic() + _REMOVE_SECS

@@ -239,8 +239,9 @@ class Sampler:
         while True:
             await asyncio.sleep(self._every_secs)
             await self._some.wait()
-            for watched in list(self._watched):
-                if watched in self._watched and await asyncio.to_thread(_is_due, watched):
+            due = await asyncio.to_thread(lambda: [each for each in self._watched if _is_due(each)])
+            for watched in due:
+                if watched in self._watched:
                     measured, free, cost = await asyncio.to_thread(_measure, watched.directory)
                     self._cost(cost)
                     watched.disk_at, watched.disk_cost_secs = time.monotonic(), cost
