@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import uuid
@@ -20,6 +22,7 @@ from runner.process import cgroups
 from runner.process.cgroup import Group
 from tests.servers import cgroup_tree
 from tests.unit.process import tools
+from tests.unit.process.test_survivors import HARD, daemon
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -316,8 +319,10 @@ async def test_out_of_memory_is_told_with_the_figures_and_only_of_the_run(
     group = limited.make(f"oom-{uuid.uuid4().hex[:8]}", cpus=1, ram_bytes=64 * mib)
     exit_ = await starter.run(bench.python("x = bytearray(200 << 20)", group=group))
     assert exit_.signal == 9
-    assert exit_.oom.startswith(
-        "the kernel ended 1 of its processes: it may use 64 MiB of memory, and had used 6"
+    # Of its last page the group's peak knows, or not.
+    assert re.fullmatch(
+        r"the kernel ended 1 of its processes: it may use 64 MiB of memory, and had used 6[34] MiB of memory",
+        exit_.oom,
     )
     assert not exit_.stopped
     assert not Path(group.path).exists()
@@ -335,6 +340,32 @@ async def test_a_child_that_is_killed_for_memory_fails_the_run_only_when_the_run
         group = limited.make(f"child-{uuid.uuid4().hex[:8]}", cpus=1, ram_bytes=64 << 20)
         exit_ = await starter.run(bench.shell(script, group=group))
         assert bool(exit_.oom) == said
+
+
+async def test_the_group_of_a_run_goes_when_its_daemon_is_killed(
+    bench: Bench, limited: cgroups.Groups
+) -> None:
+    group = limited.make(f"gone-{uuid.uuid4().hex[:8]}", cpus=1, ram_bytes=1 << 30)
+    async with daemon(bench.shell(tools.STRAY + HARD, group=group)) as (pid, _):
+        await bench.until_text("ready")
+        os.kill(pid, signal.SIGKILL)
+        await tools.until(group.gone)
+    assert not bench.alive()
+
+
+async def test_memory_that_ran_out_elsewhere_is_told_by_the_kernels_count(
+    bench: Bench, starter: Spawner, limited: cgroups.Groups
+) -> None:
+    """As where the daemon's own container is full, or the machine: the run has no group that would tell."""
+    group = limited.make(f"whole-{uuid.uuid4().hex[:8]}", cpus=1, ram_bytes=64 << 20)
+    hungry = f"exec {sys.executable} -I -S -c 'x = bytearray(200 << 20)'"
+    exit_ = await starter.run(bench.shell(f"echo $$ > {group.path}/cgroup.procs; {hungry}"))
+    group.remove()
+    assert exit_.signal == 9
+    assert re.fullmatch(
+        r"it was killed while the machine ran out of memory; its largest process had \d+ MiB of memory",
+        exit_.oom,
+    )
 
 
 async def test_a_kill_without_the_kernels_word_is_no_lack_of_memory(bench: Bench, starter: Spawner) -> None:
