@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -81,7 +82,7 @@ class DiskRoom:
 
     async def _look_at(self, directory: Path) -> None:
         try:
-            total, free = self._usage(directory)
+            total, free = await asyncio.to_thread(self._usage, directory)
         except OSError as exc:
             self._low[directory] = f"the volume of {directory} cannot be used: {exc.strerror}"
             return
@@ -94,7 +95,8 @@ class DiskRoom:
                 free_bytes=free,
                 freed_bytes=freed,
             )
-            total, free = self._usage(directory)
+            with contextlib.suppress(OSError):  # gone meanwhile: the next look says so
+                total, free = await asyncio.to_thread(self._usage, directory)
         if free < (low * ENOUGH if directory in self._low else low):
             if directory not in self._low:
                 log.warning(

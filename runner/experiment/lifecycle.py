@@ -300,10 +300,7 @@ class Experiment:
             told=bounds,
         ) as use:
             self._record.using(use)
-            ended = await self._wait(process)
-        if not use.disk.count:
-            await asyncio.to_thread(use.measure_small, self.workspace.root)
-        return ended
+            return await self._wait(process)
 
     async def _wait(self, process: Process) -> ProcessExit:
         try:

@@ -89,8 +89,6 @@ class Record:
     def ended(self, ended: ProcessExit) -> None:
         """How the workload's processes ended, and what they used."""
         self._exit = ended
-        if self._use is not None:
-            self._tools.metrics.used(self._use.told(ended))
 
     @property
     def used(self) -> dict[str, Any]:
@@ -113,6 +111,7 @@ class Record:
             for directive in self._scraper.finish():
                 document.apply(directive)
             if first:
+                self._measure()
                 self._tools.metrics.bad_directive(
                     document.bad + self._scraper.unparsable + self._scraper.too_long
                 )
@@ -125,6 +124,12 @@ class Record:
             )
             self._show()
             self._write()
+
+    def _measure(self) -> None:
+        if self._use is not None:
+            if not self._use.disk.count:
+                self._use.measure_small(self._workspace.root)
+            self._tools.metrics.used(self.used)
 
     def restore(self, outcome: Outcome) -> None:
         """Of an attempt of an earlier daemon: the document on disk is the final one, unless it tells of another outcome. Blocking."""

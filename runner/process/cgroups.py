@@ -87,6 +87,22 @@ def _plain(field: str) -> str:
     return field.replace("\\040", " ").replace("\\011", "\t").replace("\\134", "\\")
 
 
+def oom_counter(root: Path = Path("/")) -> Path:
+    """A file that tells (`oom_kill N`) how many processes beside us the kernel has ended for want of memory.
+
+    That of our own group, where limits of a container and of the machine count; of the whole machine where there is none.
+    """
+    for controller, name in (
+        ("memory", "memory.oom_control"),
+        ("", "memory.events.local"),
+        ("", "memory.events"),
+    ):
+        mount = own(root, controller)
+        if mount is not None and (mount.directory / name).is_file():
+            return mount.directory / name
+    return root / "proc/vmstat"
+
+
 def strangers(pids: Iterable[int]) -> set[int]:
     """Those that are neither we nor what we have started, nor a container's process 1."""
     ours = {entry.pid for entry in tree.descendants(os.getpid())}

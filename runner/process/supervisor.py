@@ -3,7 +3,8 @@
 A supervisor is forked from the nursery and talks with the daemon over its channel, one JSON object a line:
 
     daemon      {"argv": [...], "env": {...}, "cwd": "...", "grace_secs": 10.0,     first, once
-                 "cleanup": [...], "cleanup_secs": 20.0, "user": [uid, gid, groups], "group": [path, version]}
+                 "cleanup": [...], "cleanup_secs": 20.0, "user": [uid, gid, groups], "group": [path, version],
+                 "oom_counter": "/path"}
                 {"stop": 5.0}                                                       grace; the shortest one counts
     supervisor  {"supervisor": pid}   before it starts anything
                 {"started": pid}      the workload is running its program
@@ -57,7 +58,8 @@ class Supervisor:
         self._received = b""  # of a line that is not complete yet
         self._grace_secs = VANISHED_GRACE_SECS
         self._group: cgroup.Group | None = None
-        self._oom_kills = 0  # of the whole machine, before it began
+        self._oom_counter = ""
+        self._oom_kills = 0  # among the daemon's processes, before it began
         self._pid = 0
         self._refusal = -1  # reads why the workload's program could not be executed; ends when it could
         self._error = b""
@@ -87,7 +89,8 @@ class Supervisor:
         spec = json.loads(lines[0])
         self._grace_secs = min(spec["grace_secs"], VANISHED_GRACE_SECS)
         self._group = cgroup.Group(*spec["group"]) if spec["group"] else None
-        self._oom_kills = _oom_kills()
+        self._oom_counter = spec["oom_counter"]
+        self._oom_kills = _oom_kills(self._oom_counter)
         try:
             self._launch(spec, output)
         except OSError as exc:  # no process or descriptor to be had
@@ -268,8 +271,8 @@ class Supervisor:
                 f"the kernel ended {kills} of its processes: it may use {_mib(self._group.limit_bytes())}, "
                 f"and had used {_mib(self._group.peak_bytes())}"
             )
-        # Somebody's KILL, and the machine was short of memory meanwhile.
-        if code in {-9, _KILLED} and self._unasked and -1 < self._oom_kills < _oom_kills():
+        # Somebody's KILL, and the kernel has ended some process beside us for want of memory meanwhile.
+        if code in {-9, _KILLED} and self._unasked and -1 < self._oom_kills < _oom_kills(self._oom_counter):
             return (
                 "it was killed while the machine ran out of memory; "
                 f"its largest process had {_mib(self._max_rss_bytes)}"
@@ -281,17 +284,17 @@ def _mib(count: int) -> str:
     return f"{count / (1 << 20):.0f} MiB of memory"
 
 
-def _oom_kills() -> int:
-    """How many processes this machine's kernel has ended for want of memory; -1 when it does not tell (before 4.13)."""
+def _oom_kills(counter: str) -> int:
+    """How many processes the kernel has ended for want of memory; -1 when it does not tell (before 4.13)."""
     try:
-        fd = os.open("/proc/vmstat", os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(counter, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return -1
     try:
         text = os.read(fd, 1 << 14)
     finally:
         os.close(fd)
-    _, found, rest = text.partition(b"\noom_kill ")
+    _, found, rest = (b"\n" + text).partition(b"\noom_kill ")
     return int(rest.split(b"\n", 1)[0]) if found else -1
 
 

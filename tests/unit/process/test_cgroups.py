@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from runner.process import cgroups
+from runner.process import cgroups, spawner
 from runner.process.cgroup import Group
 from tests.servers import cgroup_tree
 from tests.unit.process import tools
@@ -240,7 +240,7 @@ import json, os, pathlib, subprocess, sys
 own = pathlib.Path(sys.argv[1])
 (own / "cgroup.procs").write_text(str(os.getpid()))
 child = subprocess.Popen(["sleep", "600"])
-from runner.process import cgroups
+from runner.process import cgroups, spawner
 cgroups.CONTROLLERS = tuple(sys.argv[2:])
 groups = cgroups.Groups.find()
 again = cgroups.Groups.find()
@@ -353,19 +353,36 @@ async def test_the_group_of_a_run_goes_when_its_daemon_is_killed(
     assert not bench.alive()
 
 
-async def test_memory_that_ran_out_elsewhere_is_told_by_the_kernels_count(
-    bench: Bench, starter: Spawner, limited: cgroups.Groups
+async def test_memory_that_ran_out_around_the_daemon_is_told_by_the_kernels_count(
+    bench: Bench, starter: Spawner, limited: cgroups.Groups, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where the daemon's own container is full, or the machine: the run has no group that would tell."""
-    group = limited.make(f"whole-{uuid.uuid4().hex[:8]}", cpus=1, ram_bytes=64 << 20)
+    around = limited.make(f"whole-{uuid.uuid4().hex[:8]}", cpus=1, ram_bytes=64 << 20)
+    counter = Path(around.path) / ("memory.oom_control" if limited.version == 1 else "memory.events")
+    monkeypatch.setattr(spawner, "_oom_counter", lambda: counter)
     hungry = f"exec {sys.executable} -I -S -c 'x = bytearray(200 << 20)'"
-    exit_ = await starter.run(bench.shell(f"echo $$ > {group.path}/cgroup.procs; {hungry}"))
-    group.remove()
+    exit_ = await starter.run(bench.shell(f"echo $$ > {around.path}/cgroup.procs; {hungry}"))
     assert exit_.signal == 9
     assert re.fullmatch(
         r"it was killed while the machine ran out of memory; its largest process had \d+ MiB of memory",
         exit_.oom,
     )
+    # What happened before a run is none of its concern.
+    assert (await starter.run(bench.shell("kill -KILL $$"))).oom == ""
+    around.remove()
+
+
+def test_where_the_kernel_counts(tree):
+    assert cgroups.oom_counter(tree.root) == tree.root / "proc/vmstat"
+    own = delegated(tree)
+    assert cgroups.oom_counter(tree.root) == tree.root / "proc/vmstat"  # without a memory controller
+    (own / "memory.events").touch()
+    assert cgroups.oom_counter(tree.root) == own / "memory.events"
+    (own / "memory.events.local").touch()  # not what happens in the groups of runs
+    assert cgroups.oom_counter(tree.root) == own / "memory.events.local"
+    first = tree.first("memory", "/x")
+    (first / "memory.oom_control").touch()
+    assert cgroups.oom_counter(tree.root) == first / "memory.oom_control"
 
 
 async def test_a_kill_without_the_kernels_word_is_no_lack_of_memory(bench: Bench, starter: Spawner) -> None:
