@@ -130,12 +130,7 @@ class Service:
         )
         user = runas.resolve(self._config.runs.run_as)
         with self.stop.on_signals(), lock.sole_daemon(paths.working_dir):
-            state_dir = private_directory(paths.state_dir, "--state-dir")
-            runs_dir = private_directory(paths.working_dir / "runs", "--working-dir")
-            runs_dir.chmod(0o700)
-            if user is not None:
-                runas.open_up(runs_dir, user)
-            workspace.spread(runs_dir)
+            state_dir, runs_dir = self._directories(user)
             async with contextlib.AsyncExitStack() as stack:
                 stack.enter_context(lock.held(state_dir, "--state-dir"))
                 ledger = Ledger(state_dir / "ledger.sqlite")
@@ -203,6 +198,17 @@ class Service:
                     "watchdog": self._notifier.watchdog(),
                 }
                 return await self._serve(services, dispatcher, runs)
+
+    def _directories(self, user: User | None) -> tuple[Path, Path]:
+        """That of the state, and that of the runs. Raises errors.UsageError."""
+        paths = self._config.paths
+        state_dir = private_directory(paths.state_dir, "--state-dir")
+        runs_dir = private_directory(paths.working_dir / "runs", "--working-dir")
+        runs_dir.chmod(0o700)  # an earlier daemon may have opened it for others
+        if user is not None:
+            runas.open_up(runs_dir, user)
+        workspace.spread(runs_dir)
+        return state_dir, runs_dir
 
     def _temporary_cache(self, stack: contextlib.AsyncExitStack) -> None:
         """--cache-create: the directory is made now and removed at exit, unless it was there before."""
