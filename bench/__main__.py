@@ -21,6 +21,7 @@ PARTS = (
     "environment",
     "archive",
     "scrape",
+    "sampling",
     "memory",
     "idle",
     "discovery",

@@ -95,9 +95,10 @@ class ArtifactCache:
 class Environments:
     """How Python environments are made."""
 
-    cache_dir: Path  #: default `<state-dir>/environments`
+    cache_dir: Path  #: `<state-dir>/environments`; with --run-as `<working-dir>/environments`
     cache_bytes: int = 20_000_000_000
     fallback: bool = False  #: --python-fallback: take the nearest interpreter when the wanted one is missing
+    shared: bool = False  #: other users than the daemon's may read what is in it (--run-as)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,6 +139,8 @@ class Runs:
     metadata_schema: str = "1.0"  #: "1.0" (DESIGN.md 5.6) or "0.14"
     metadata_store: str | None = None  #: a storage URI: one manifest per attempt goes there
     allow_env_secrets: bool = True  #: storage credentials may come from `config.env` (INTEROP.md 1.6)
+    enforce_limits: bool = True  #: a run that uses more than its `ram` or `hdd` is ended, not only told of
+    run_as: str = ""  #: the user (name, or uid, or uid:gid) whom workloads run as; empty: the daemon's own
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -249,9 +252,11 @@ class _Builder:
             ),
             cache=self._cache(),
             environments=Environments(
-                cache_dir=paths.state_dir / "environments",
+                # The state directory is closed to others; environments are read by whom workloads run as.
+                cache_dir=(paths.working_dir if value["run-as"] else paths.state_dir) / "environments",
                 cache_bytes=value["env-cache-size"],
                 fallback=value["python-fallback"],
+                shared=bool(value["run-as"]),
             ),
             s3=self._s3(),
             http=Http(host=host, port=port, token=value["http-token"]),
@@ -262,6 +267,8 @@ class _Builder:
                 metadata_schema=value["metadata-schema"],
                 metadata_store=value["metadata-store"],
                 allow_env_secrets=value["allow-env-secrets"],
+                enforce_limits=value["enforce-limits"],
+                run_as=value["run-as"] or "",
             ),
             limits=Limits(
                 tasks=value["limit-tasks"],

@@ -156,6 +156,12 @@ def _address(text: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
+def _user(text: str) -> str:
+    if not re.fullmatch(r"[a-z_][a-z0-9_.-]*\$?|\d{1,10}(:\d{1,10})?", text.strip(), re.IGNORECASE):
+        raise ValueError("neither the name of a user nor UID or UID:GID")
+    return text.strip()
+
+
 def _token(text: str) -> str:
     text = text.strip()
     if not text.isascii() or not text.isprintable() or " " in text:
@@ -187,6 +193,7 @@ HTTP_URL = Kind(metavar="URL", parse=_url("http", "https"), example="http://host
 STORE = Kind(metavar="URI", parse=_store, example="s3://host:9000/bucket/prefix")
 ADDRESS = Kind(metavar="HOST:PORT", parse=_address, example=":9090")
 TOKEN = Kind(metavar="TOKEN", parse=_token, example='"$(openssl rand -hex 16)"')
+USER = Kind(metavar="USER", parse=_user, example="nobody")
 LEVEL = _choice("debug", "info", "warning", "error", also={"warn": "warning"})
 FORMAT = _choice("auto", "console", "json")
 SCHEMA = _choice("1.0", "0.14")
@@ -317,6 +324,20 @@ OPTIONS: tuple[Option, ...] = (
             "20gb",
             "how large the cache of Python environments may grow",
             example="20gb",
+        ),
+        _o(
+            "enforce-limits",
+            FLAG,
+            "true",
+            "end runs that use more memory or disk than they have asked for; false: tell of it in the log",
+        ),
+        _o(
+            "run-as",
+            USER,
+            "",
+            "the user whom experiments run as (needs root)",
+            default_text="the daemon's own",
+            example="nobody",
         ),
         _o("python-fallback", FLAG, "false", "take the nearest interpreter when the wanted one is missing"),
         _o("retries", COUNT, "0", "how often to repeat a workload that fails by itself", example="2"),

@@ -60,7 +60,9 @@ async def run_daemon(options: config.Config) -> int:
     if options.queues.root == options.paths.working_dir / "queue":
         # The embedded default. A root that the operator names must be there: it may be a file system that is not mounted.
         try:
-            options.queues.root.mkdir(parents=True, exist_ok=True)
+            # Workloads of another user come through the directory above it, and messages hold secrets.
+            mode = 0o700 if options.runs.run_as else 0o777
+            options.queues.root.mkdir(mode=mode, parents=True, exist_ok=True)
         except OSError as exc:
             raise errors.UsageError(f"--queue-root={options.queues.root}: {exc.strerror}") from exc
     code = await Service(options, parts(options)).run()

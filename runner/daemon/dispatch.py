@@ -185,6 +185,8 @@ class Dispatcher:
     def _no_room(self, state: QueueState) -> str:
         if self._orphaned(state):
             return ""  # its message is on its way back, and needs no room
+        if why := self._allocator.closed():
+            return why
         if len(state.parked) >= MAX_PARKED:
             return self.parked(state)
         asking = state.asking()
@@ -213,8 +215,10 @@ class Dispatcher:
     def _lacks(self, asking: Asking) -> bool:
         """Whether there is no room for queues that asked for that last."""
         room = self._room_now()
-        return room.cpus < 1 or (
-            asking.ask is not None and bool(self._allocator.short(asking.ask, asking.owner, room))
+        return (
+            bool(self._allocator.closed())
+            or room.cpus < 1
+            or (asking.ask is not None and bool(self._allocator.short(asking.ask, asking.owner, room)))
         )
 
     def _room_now(self) -> Resources:

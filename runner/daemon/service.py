@@ -14,6 +14,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import os
 import shutil
 import socket
@@ -29,13 +30,15 @@ from runner.daemon.accounts import Accounts
 from runner.daemon.api import Api
 from runner.daemon.attempts import Ledger
 from runner.daemon.deadletters import DeadLetters
+from runner.daemon.diskroom import Cache, DiskRoom
 from runner.daemon.dispatch import Dispatcher
 from runner.daemon.endpoints import Endpoints
 from runner.daemon.interrupted import Interrupted
 from runner.daemon.runs import Runs
 from runner.daemon.stop import Stop
-from runner.experiment import workspace
+from runner.experiment import runas, workspace
 from runner.experiment.tools import Tools
+from runner.process import cgroups
 from runner.process.spawner import Spawner
 from runner.queues.catalog import Added, Catalog
 from runner.resources import cards, probe
@@ -43,6 +46,7 @@ from runner.resources.allocator import Allocator
 from runner.resources.gpupool import GpuPool
 from runner.resources.gpus import Nvml
 from runner.resources.gpuwatch import GpuWatch
+from runner.resources.usage import Cards, Sampler
 from runner.telemetry import metrics as telemetry
 from runner.telemetry.http import HttpServer, Readiness
 from runner.telemetry.notify import Notifier
@@ -55,6 +59,7 @@ if TYPE_CHECKING:
     from runner.credentials.accounts import Account
     from runner.credentials.watch import Watch
     from runner.executors.base import Executor
+    from runner.process.base import User
     from runner.queues.base import QueueBackend
     from runner.queues.catalog import AccountStatus, Change
     from runner.storage.cache import ArtifactCache
@@ -127,6 +132,17 @@ def _problem(status: AccountStatus) -> str | None:
     return status.error or "not asked yet"
 
 
+async def _cards_in_use(gpus: GpuWatch, uuids: Sequence[str], pids: Sequence[int]) -> Cards | None:
+    """What a run makes of its cards; None where the driver does not tell."""
+    told = (await gpus.usage(uuids, pids)).values()
+    if not told:
+        return None
+    return Cards(
+        memory_bytes=sum(use.memory_bytes or 0 for use in told),
+        utilization=sum(use.utilization or 0.0 for use in told),
+    )
+
+
 class Service:
     """One daemon. `run` is its whole life."""
 
@@ -149,10 +165,9 @@ class Service:
         asyncio.get_running_loop().set_default_executor(
             concurrent.futures.ThreadPoolExecutor(THREADS, thread_name_prefix="worker")
         )
+        user = runas.resolve(self._config.runs.run_as)
         with self.stop.on_signals(), lock.sole_daemon(paths.working_dir):
-            state_dir = private_directory(paths.state_dir, "--state-dir")
-            runs_dir = private_directory(paths.working_dir / "runs", "--working-dir")
-            workspace.spread(runs_dir)
+            state_dir, runs_dir = self._directories(user)
             async with contextlib.AsyncExitStack() as stack:
                 stack.enter_context(lock.held(state_dir, "--state-dir"))
                 ledger = Ledger(state_dir / "ledger.sqlite")
@@ -165,7 +180,7 @@ class Service:
                 spawner = Spawner()
                 await spawner.open()
                 stack.push_async_callback(spawner.aclose)
-                tools = await self._tools(spawner)
+                tools = await self._tools(spawner, await self._groups(), user)
                 tools.gpus.on_fenced = lambda fenced: runs.gpus_failed(fenced)  # noqa: PLW0108 - made below
                 stack.callback(self._parts.stores.close)
                 endpoints = Endpoints(lambda: dispatcher.notify())  # noqa: PLW0108 - made below
@@ -183,6 +198,8 @@ class Service:
                     unrecorded=left.add,
                     endpoints=endpoints,
                 )
+                disk = self._disk(tools)
+                tools.allocator.closed = lambda: disk.why_not
                 dispatcher = Dispatcher(
                     allocator=tools.allocator,
                     gpus=tools.gpus,
@@ -192,6 +209,7 @@ class Service:
                     metrics=self._metrics,
                     left_behind=left_behind,
                 )
+                await disk.look()
                 catalog = Catalog(
                     self._config.queues,
                     counters=self._metrics,
@@ -202,7 +220,8 @@ class Service:
                     catalog=catalog, runs=runs, watches=self._parts.watches, backend=self._parts.backend
                 )
                 stack.push_async_callback(accounts.aclose)
-                await self._listen(stack, catalog, accounts, Api(runs, dispatcher, catalog, dead_letters))
+                api = Api(runs, dispatcher, catalog, dead_letters)
+                await self._listen(stack, catalog, accounts, api, disk)
                 for backend in self._parts.backends:
                     await backend.open()
                     stack.push_async_callback(backend.aclose)
@@ -210,12 +229,25 @@ class Service:
                     "catalog": catalog.run(self._config.queues.refresh_secs),
                     "credentials": accounts.run(),
                     "gpus": tools.gpus.run(),
+                    "disk": disk.run(),
                     "existence": dispatcher.watch_existence(),
                     "interrupted": left.run(),
                     "limits": self._limits(runs),
+                    "sampler": tools.sampler.run(),
                     "watchdog": self._notifier.watchdog(),
                 }
                 return await self._serve(services, dispatcher, runs)
+
+    def _directories(self, user: User | None) -> tuple[Path, Path]:
+        """That of the state, and that of the runs. Raises errors.UsageError."""
+        paths = self._config.paths
+        state_dir = private_directory(paths.state_dir, "--state-dir")
+        runs_dir = private_directory(paths.working_dir / "runs", "--working-dir")
+        runs_dir.chmod(0o700)  # an earlier daemon may have opened it for others
+        if user is not None:
+            runas.open_up(runs_dir, user)
+        workspace.spread(runs_dir)
+        return state_dir, runs_dir
 
     def _temporary_cache(self, stack: contextlib.AsyncExitStack) -> None:
         """--cache-create: the directory is made now and removed at exit, unless it was there before."""
@@ -224,7 +256,27 @@ class Service:
             private_directory(cache.directory, "--cache-dir")
             stack.callback(shutil.rmtree, cache.directory, ignore_errors=True)
 
-    async def _tools(self, spawner: Spawner) -> Tools:
+    async def _groups(self) -> cgroups.Groups | None:
+        """How limits are seen to: by control groups, or (None) by measuring."""
+        try:
+            groups = await asyncio.to_thread(cgroups.Groups.find)
+        except cgroups.Unavailable as exc:
+            log.info("limits", mechanism="measured", why=str(exc))
+            return None
+        log.info("limits", mechanism=str(groups))
+        return groups
+
+    def _disk(self, tools: Tools) -> DiskRoom:
+        paths = self._config.paths
+        caches = [Cache(directory=self._config.environments.cache_dir, make_room=tools.executor.make_room)]
+        if (cache := tools.cache) is not None and (directory := self._config.cache.directory) is not None:
+            # What is fetched again costs less than what is built again.
+            caches.insert(
+                0, Cache(directory=directory, make_room=lambda needed: asyncio.to_thread(cache.evict, needed))
+            )
+        return DiskRoom([paths.working_dir, paths.state_dir], caches, changed=tools.allocator.reconsider)
+
+    async def _tools(self, spawner: Spawner, groups: cgroups.Groups | None, user: User | None) -> Tools:
         volume = self._config.paths.working_dir
         gpus = await self._gpus()
         allocator = Allocator(
@@ -233,6 +285,8 @@ class Service:
         gpus.changed = allocator.reconsider
         allocator.on_change(gpus.wake)
         self._metrics.watch_free(lambda: _free(allocator))
+        sampler = Sampler(cards=functools.partial(_cards_in_use, gpus), cost=self._metrics.sampled)
+        self._metrics.watch_use(lambda: sampler.now)
         return Tools(
             config=self._config,
             host=self._host,
@@ -243,6 +297,9 @@ class Service:
             metrics=self._metrics,
             allocator=allocator,
             gpus=gpus,
+            sampler=sampler,
+            groups=groups,
+            user=user,
         )
 
     async def _gpus(self) -> GpuWatch:
@@ -255,13 +312,19 @@ class Service:
         return gpus
 
     async def _listen(
-        self, stack: contextlib.AsyncExitStack, catalog: Catalog, accounts: Accounts, api: Api
+        self,
+        stack: contextlib.AsyncExitStack,
+        catalog: Catalog,
+        accounts: Accounts,
+        api: Api,
+        disk: DiskRoom,
     ) -> None:
         def readiness() -> Readiness:
             told = {status.account: _problem(status) for status in catalog.status()}
+            served = any(not problem for problem in told.values())
+            problems = dict(accounts.problems) | ({"disk": disk.why_not} if disk.why_not else {})
             return Readiness(
-                ready=not self.stop.drain.is_set() and any(not problem for problem in told.values()),
-                accounts=told | dict(accounts.problems),
+                ready=served and not self.stop.drain.is_set() and not disk.why_not, accounts=told | problems
             )
 
         server = HttpServer(

@@ -58,6 +58,7 @@ class EnvironmentCache:
         # Environments name the place where they are: two names of one directory must not be two places.
         self._entries = config.cache_dir.resolve() / "entries"
         self._locks = config.cache_dir / "locks"
+        self._shared = config.shared
         self._building: dict[str, _Build] = {}
         self._evictor = Evictor(config.cache_dir, config.cache_bytes, uv)
 
@@ -74,6 +75,9 @@ class EnvironmentCache:
         key, expires = identity(interpreter, wanted, place=self._entries, now=time.time())
         for folder in (self._entries, self._locks):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if self._shared:
+            for folder in (self._entries.parent, self._entries):
+                folder.chmod(0o711)
         async with locks.held(self._locks / f"{key}.use", shared=True):
             entry = self._entries / key
             base = layout.Base.load(entry, interpreter.minor)
@@ -84,9 +88,12 @@ class EnvironmentCache:
             yield Lease(base=base, key=key, cached=cached)
             _touch(entry)
 
-    async def evict(self) -> None:
-        """Removes what has expired or exceeds the quota and is not in use. Runs by itself after builds."""
-        await self._evictor.run()
+    async def evict(self, bytes_needed: int = 0) -> int:
+        """Removes what has expired or exceeds the quota, or more until `bytes_needed` are freed, and is not in use.
+
+        How many bytes were freed. Runs by itself after builds, with the quota.
+        """
+        return await self._evictor.run(bytes_needed)
 
     async def _built(self, key: str, order: _Order) -> layout.Base:
         """Joins the build of `key`, or begins it."""
@@ -116,6 +123,8 @@ class EnvironmentCache:
             fresh = Path(tempfile.mkdtemp(prefix=f".new-{key}-", dir=self._entries))
             try:
                 base = await self._fill(fresh / "env", entry, order)
+                if self._shared:
+                    await asyncio.to_thread(_open_up, fresh / "env")
                 _replace(fresh / "env", entry)
             finally:
                 await _removed(fresh)
@@ -198,6 +207,16 @@ def _replace(fresh: Path, entry: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         entry.rename(entry.with_name(f".old-{fresh.parent.name}"))
     fresh.rename(entry)
+
+
+def _open_up(prefix: Path) -> None:
+    """Lets every user read an environment, whatever the daemon's umask is. Packages of uv's cache are made readable with it."""
+    for folder, _, files in os.walk(prefix):
+        Path(folder).chmod(0o755)
+        for name in files:
+            path = Path(folder, name)
+            if not path.is_symlink():
+                path.chmod(0o755 if path.stat().st_mode & 0o100 else 0o644)
 
 
 async def _removed(folder: Path) -> None:

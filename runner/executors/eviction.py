@@ -44,16 +44,23 @@ class Evictor:
             self._last = now
             self._task = asyncio.create_task(self._quietly(), name="evict environments")
 
-    async def run(self) -> None:
-        """Removes leftovers and expired environments; over the quota the package cache, then the least used ones."""
+    async def run(self, bytes_needed: int = 0) -> int:
+        """Removes leftovers and expired environments; over the quota the package cache, then the least used ones.
+
+        With `bytes_needed` as if the quota were so much below what is used. How many bytes were freed.
+        """
         async with self._one:
+            before = await asyncio.to_thread(usage, self._cache)
             used = await asyncio.to_thread(self._tidy)
-            if used <= self._quota_bytes:
-                return
+            quota = min(self._quota_bytes, before - bytes_needed) if bytes_needed else self._quota_bytes
+            if used <= quota:
+                return before - used
             with tempfile.TemporaryDirectory(prefix="uv-clean-") as scratch:
                 await self._uv.clean(Path(scratch))
-            removed = await asyncio.to_thread(self._shrink)
-            log.info("environment cache over its quota", quota_bytes=self._quota_bytes, removed=removed)
+            removed = await asyncio.to_thread(self._shrink, quota)
+            used = await asyncio.to_thread(usage, self._cache)
+            log.info("environments removed", quota_bytes=max(0, quota), used_bytes=used, removed=removed)
+            return before - used
 
     async def _quietly(self) -> None:
         try:
@@ -74,10 +81,10 @@ class Evictor:
                 self._remove(path)
         return usage(self._cache)
 
-    def _shrink(self) -> list[str]:
+    def _shrink(self, quota_bytes: int) -> list[str]:
         removed = []
         for path in _oldest_first(self._entries):
-            if usage(self._cache) <= self._quota_bytes:
+            if usage(self._cache) <= quota_bytes:
                 break
             if self._remove(path):
                 removed.append(path.name)

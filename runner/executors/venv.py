@@ -66,6 +66,10 @@ class VenvExecutor(Executor):
                 },
             )
 
+    async def make_room(self, bytes_needed: int) -> int:
+        """See `Executor.make_room`: environments that no run uses."""
+        return await self.cache.evict(bytes_needed)
+
 
 def _program(spec: RunSpec) -> tuple[str, ...]:
     """What follows `python`. A script that is missing is left to Python to report; one outside is refused."""

@@ -22,9 +22,10 @@ import structlog
 
 from runner import errors
 from runner.executors.base import Limits, RunSpec
-from runner.experiment import environ
+from runner.experiment import environ, runas
 from runner.experiment.artifacts import Artifacts
 from runner.experiment.cancel import Cancellation
+from runner.experiment.limits import Bounds, memory_ceiling
 from runner.experiment.outcome import Outcome
 from runner.experiment.record import Record
 from runner.experiment.results import Results, Undelivered
@@ -49,6 +50,8 @@ log = structlog.get_logger(__name__)
 
 #: Between TERM and KILL when the runner ends a workload.
 KILL_GRACE_SECS = 10.0
+#: ... when it uses more than it was granted: meanwhile it may take still more, from others.
+OVER_LIMIT_GRACE_SECS = 3.0
 
 
 class Experiment:
@@ -139,6 +142,7 @@ class Experiment:
             "gpus": list(self._uuids),
             "last": self._record.last,
             "artifacts": self._artifacts.addresses(),
+            "used": self._record.used,
         }
 
     def knows(self, endpoint: str) -> bool:
@@ -236,18 +240,16 @@ class Experiment:
     async def _run_program(self, prepared: Prepared) -> Outcome:
         self._enter("running")
         self._record.running(prepared.facts)
-        command = Command(
-            argv=prepared.argv,
-            env=prepared.env,
-            cwd=self.workspace.workspace,
-            output=self.workspace.output,
-            cleanup=prepared.cleanup,
-        )
-        async with self._results.checkpointing(), self._cancellable(), self._limited():
+        async with (
+            self._confined(prepared) as command,
+            self._results.checkpointing(),
+            self._cancellable(),
+            self._limited(),
+        ):
             self._process = await self._tools.spawner.start(command)
             if self._stopping is not None:  # asked for while it was being started
                 self.stop(*self._stopping)
-            ended = await self._wait(self._process)
+            ended = await self._sampled(self._process)
         if prepared.verdict is not None and not ended.stopped:
             ended = await prepared.verdict(ended)
         self._record.ended(ended)
@@ -260,6 +262,57 @@ class Experiment:
     @property
     def _uuids(self) -> tuple[str, ...]:
         return tuple(grant.uuid for grant in self.gpus)
+
+    @contextlib.asynccontextmanager
+    async def _confined(self, prepared: Prepared) -> AsyncIterator[Command]:
+        """The program as it is to be started: in a group of its own and under its own user, where that can be had."""
+        group = None
+        if (groups := self._tools.groups) is not None and (granted := self._granted) is not None:
+            ram_bytes = memory_ceiling(granted) if self._tools.config.runs.enforce_limits else 0
+            try:
+                group = await asyncio.to_thread(
+                    groups.make, self.workspace.run_id, cpus=granted.cpus, ram_bytes=ram_bytes
+                )
+            except OSError as exc:
+                log.warning("no control group can be made; what the run uses is measured", error=str(exc))
+        env, user = prepared.env, self._tools.user
+        try:
+            if user is not None:
+                user = await asyncio.to_thread(runas.hand_over, self.workspace, user)
+                env = runas.environment(env, user, self.workspace)
+            yield Command(
+                argv=prepared.argv,
+                env=env,
+                cwd=self.workspace.workspace,
+                output=self.workspace.output,
+                cleanup=prepared.cleanup,
+                user=user,
+                group=group,
+            )
+        finally:
+            if group is not None and not group.gone():  # its supervisor was killed
+                await asyncio.to_thread(group.remove)
+
+    async def _sampled(self, process: Process) -> ProcessExit:
+        """Wait for its end; what it uses is watched meanwhile, and held against what it was granted."""
+        granted = self._granted
+        if granted is None or process.supervisor_pid is None:
+            return await self._wait(process)
+        bounds = Bounds(
+            granted,
+            enforced=self._tools.config.runs.enforce_limits,
+            stop=lambda reason, text: self.stop(reason, text, OVER_LIMIT_GRACE_SECS),
+        )
+        with self._tools.sampler.watch(
+            process.supervisor_pid,
+            self.workspace.root,
+            ram_bytes=memory_ceiling(granted),
+            hdd_bytes=granted.hdd_bytes,
+            cards=self._uuids,
+            told=bounds,
+        ) as use:
+            self._record.using(use)
+            return await self._wait(process)
 
     async def _wait(self, process: Process) -> ProcessExit:
         try:

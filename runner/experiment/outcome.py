@@ -76,12 +76,16 @@ class Outcome:
             )
         if ended.error is not None:
             return cls.of_error(errors.UnsupportedRequest(f"the program {ended}"))
+        if ended.oom:
+            return dataclasses.replace(
+                cls.of_stop(errors.Reason.OOM, f"out of memory: {ended.oom}"), exit_code=_exit_code(ended)
+            )
         return cls(
             status=Status.FAILED,
             reason=errors.Reason.EXIT if ended.signal is None else errors.Reason.SIGNAL,
             text=f"the workload ended: {ended}",
             fate=errors.Fate.ACK,
-            exit_code=ended.code if ended.signal is None else 128 + ended.signal,
+            exit_code=_exit_code(ended),
         )
 
     @classmethod
@@ -101,3 +105,8 @@ class Outcome:
             fate=errors.Fate.REQUEUE if drained else errors.Fate.ACK,
             counts=not drained,
         )
+
+
+def _exit_code(ended: ProcessExit) -> int | None:
+    """As a shell tells it."""
+    return ended.code if ended.signal is None else 128 + ended.signal

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from runner.experiment.outcome import Outcome
     from runner.experiment.tools import Tools
     from runner.process.base import ProcessExit
+    from runner.resources.usage import Use
     from runner.storage.base import Location
 
 log = structlog.get_logger(__name__)
@@ -74,6 +75,7 @@ class Record:
         self._version = 0  # of the document; counts what was written
         self._stored_version: int | None = None
         self._exit: ProcessExit | None = None
+        self._use: Use | None = None
         self._outcome: Outcome | None = None
         self._stopped: float | None = None
 
@@ -81,9 +83,18 @@ class Record:
         """The workload is about to start; `facts` are the executor's. Nothing is written yet."""
         self._facts = dict(facts)
 
+    def using(self, use: Use) -> None:
+        """The workload runs, and what it uses is there."""
+        self._use = use
+
     def ended(self, ended: ProcessExit) -> None:
         """How the workload's processes ended, and what they used."""
         self._exit = ended
+
+    @property
+    def used(self) -> dict[str, Any]:
+        """What the workload uses, or has used, as in the document."""
+        return {} if self._use is None else self._use.told(self._exit)
 
     def update(self) -> None:
         """Scrape what was printed since the last time, and write the document. Blocking."""
@@ -101,6 +112,7 @@ class Record:
             for directive in self._scraper.finish():
                 document.apply(directive)
             if first:
+                self._measure()
                 self._tools.metrics.bad_directive(
                     document.bad + self._scraper.unparsable + self._scraper.too_long
                 )
@@ -113,6 +125,12 @@ class Record:
             )
             self._show()
             self._write()
+
+    def _measure(self) -> None:
+        if self._use is not None:
+            if not self._use.disk.count:
+                self._use.measure_small(self._workspace.root)
+            self._tools.metrics.used(self.used)
 
     def restore(self, outcome: Outcome) -> None:
         """Of an attempt of an earlier daemon: the document on disk is the final one, unless it tells of another outcome. Blocking."""
@@ -231,6 +249,7 @@ class Record:
                 "user_secs": round(self._exit.user_secs, 3),
                 "system_secs": round(self._exit.system_secs, 3),
                 "max_rss_bytes": self._exit.max_rss_bytes,
+                **self.used,
             },
             "strays": self._exit.strays,
         }

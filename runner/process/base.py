@@ -9,6 +9,19 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from runner.process.cgroup import Group
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class User:
+    """Whom a workload runs as, when that is not the daemon's own user."""
+
+    name: str
+    uid: int
+    gid: int
+    groups: tuple[int, ...] = ()  #: supplementary ones
+    home: str = ""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Command:
@@ -24,6 +37,10 @@ class Command:
     #: Run by the supervisor, in the workload's environment, when nothing of the workload is left, however it ended and also
     #: when the daemon is gone; ended itself after some seconds. Empty: nothing.
     cleanup: tuple[str, ...] = ()
+    cleanup_secs: float = 20.0
+    user: User | None = None  #: None: the daemon's own. `cleanup` runs as the daemon's in any case
+    #: The run's control group: entered before the program starts, killed with it, and removed when nothing is left.
+    group: Group | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

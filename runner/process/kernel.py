@@ -8,12 +8,16 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import resource
 import select
 import signal
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
 _PR_SET_CHILD_SUBREAPER = 36
+_PR_SET_NO_NEW_PRIVS = 38
+_OOM_SCORE = b"500"  #: of -1000 (never) to 1000 (first)
+_WORKLOAD_FDS = 65_536
 
 _prctl = ctypes.CDLL(None, use_errno=True).prctl
 _prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
@@ -31,6 +35,34 @@ def die_with_parent() -> None:
     Call it in the child, then check `os.getppid`: a parent that ended before the call is not noticed.
     """
     _call(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def bound_workload() -> None:
+    """What bounds every workload, and harms none.
+
+    No core dumps. As many descriptors as the daemon may give, up to 65536: data loaders run out of the usual 1024. Not
+    RLIMIT_AS (CUDA reserves far more than it uses), not RLIMIT_NPROC (counts per user), not RLIMIT_FSIZE (counts holes).
+    When memory runs out the kernel takes a workload before the daemon or a supervisor: anybody may raise that score.
+    """
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    many = _WORKLOAD_FDS if hard == resource.RLIM_INFINITY else min(hard, _WORKLOAD_FDS)
+    if soft != resource.RLIM_INFINITY and soft < many:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (many, hard))
+    with contextlib.suppress(OSError):  # no /proc, or the daemon's own is higher already
+        fd = os.open("/proc/self/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(fd, _OOM_SCORE)
+        finally:
+            os.close(fd)
+
+
+def become(uid: int, gid: int, groups: list[int]) -> None:
+    """Be another user for good, also through programs that are set-uid. Undoes `die_with_parent`. Raises OSError."""
+    os.setgroups(groups)
+    os.setresgid(gid, gid, gid)
+    os.setresuid(uid, uid, uid)
+    _call(_PR_SET_NO_NEW_PRIVS, 1)
 
 
 def set_name(name: str) -> None:

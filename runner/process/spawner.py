@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import socket
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from runner import errors
-from runner.process import base
+from runner.process import base, cgroups
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -214,6 +215,13 @@ class _Channel:
             "env": dict(command.env),
             "cwd": str(command.cwd),
             "grace_secs": command.grace_secs,
+            "cleanup": command.cleanup,
+            "cleanup_secs": command.cleanup_secs,
+            "user": None
+            if command.user is None
+            else [command.user.uid, command.user.gid, list(command.user.groups)],
+            "oom_counter": str(_oom_counter()),
+            "group": None if command.group is None else [command.group.path, command.group.version],
         }
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # nobody there: `ended` comes
             await self._loop.sock_sendall(self._sock, json.dumps(spec).encode() + b"\n")
@@ -348,6 +356,11 @@ class _Nursery:
         self._control.close()
         self._program.wait()  # it has let go of its socket, so it is ending: no wait worth the name
         self.gone.set()
+
+
+@functools.cache
+def _oom_counter() -> Path:
+    return cgroups.oom_counter()
 
 
 @contextlib.contextmanager

@@ -2,7 +2,9 @@
 
 A supervisor is forked from the nursery and talks with the daemon over its channel, one JSON object a line:
 
-    daemon      {"argv": [...], "env": {...}, "cwd": "...", "grace_secs": 10.0}     first, once
+    daemon      {"argv": [...], "env": {...}, "cwd": "...", "grace_secs": 10.0,     first, once
+                 "cleanup": [...], "cleanup_secs": 20.0, "user": [uid, gid, groups], "group": [path, version],
+                 "oom_counter": "/path"}
                 {"stop": 5.0}                                                       grace; the shortest one counts
     supervisor  {"supervisor": pid}   before it starts anything
                 {"started": pid}      the workload is running its program
@@ -11,6 +13,8 @@ A supervisor is forked from the nursery and talks with the daemon over its chann
 The end of the channel means that the daemon is gone (DESIGN.md rule 6): TERM, a grace of at most 3 seconds, KILL.
 It is a child subreaper, so every process of the run stays below it, however often it forks or leaves its session,
 and "no child is left" means that nothing is left. No thread, no reading of output: that goes straight to its file.
+
+When nothing is left of the workload, the cleanup runs, if there is one, and then the control group is removed.
 """
 
 from __future__ import annotations
@@ -23,12 +27,13 @@ import resource  # noqa: F401 - os.wait4 needs it, and would load it anew in eve
 import time
 from typing import Any, NoReturn
 
-from runner.process import kernel, tree
+from runner.process import cgroup, kernel, tree
 
 LINGER_SECS = 0.05  #: helpers that end with their parent (pools, resource trackers) may do so by themselves
 STRAY_GRACE_SECS = 0.5  #: between TERM and KILL for what the workload has left behind
 VANISHED_GRACE_SECS = 3.0  #: at most this between TERM and KILL when the daemon is gone
 _FIRST_PAUSE_SECS, _LAST_PAUSE_SECS = 0.005, 0.5  #: between two rounds of KILL
+_KILLED = 128 + 9  #: the exit code of a shell whose program was killed
 
 
 def say(channel: int, message: dict[str, Any]) -> None:
@@ -52,11 +57,15 @@ class Supervisor:
         self._poller = kernel.Poller(self._wakeup.fd)
         self._received = b""  # of a line that is not complete yet
         self._grace_secs = VANISHED_GRACE_SECS
+        self._group: cgroup.Group | None = None
+        self._oom_counter = ""
+        self._oom_kills = 0  # among the daemon's processes, before it began
         self._pid = 0
         self._refusal = -1  # reads why the workload's program could not be executed; ends when it could
         self._error = b""
         self._began = 0.0
         self._elapsed_secs: float | None = None  # known when the workload has ended
+        self._unasked = False  # it ended before anybody had asked for that
         self._status = 0
         self._user_secs = self._system_secs = 0.0
         self._max_rss_bytes = 0
@@ -79,17 +88,52 @@ class Supervisor:
                 return
         spec = json.loads(lines[0])
         self._grace_secs = min(spec["grace_secs"], VANISHED_GRACE_SECS)
+        self._group = cgroup.Group(*spec["group"]) if spec["group"] else None
+        self._oom_counter = spec["oom_counter"]
+        self._oom_kills = _oom_kills(self._oom_counter)
         try:
             self._launch(spec, output)
         except OSError as exc:  # no process or descriptor to be had
-            say(channel, {"exit": {"code": None, "error": refused(exc, spec["argv"][0])}})
-            return
-        for line in lines[1:]:
-            self._obey(line)
-        while self._reap():
-            self._end_what_is_due()
-            self._attend()
-        say(channel, {"exit": self._exit()})
+            end: dict[str, Any] = {"code": None, "error": refused(exc, spec["argv"][0])}
+        else:
+            for line in lines[1:]:
+                self._obey(line)
+            while self._reap():
+                self._end_what_is_due()
+                self._attend()
+            end = self._exit()
+        if spec["cleanup"]:
+            self._clean_up(spec)
+        if self._group is not None:
+            self._group.remove()
+        say(channel, {"exit": end})
+
+    def _clean_up(self, spec: dict[str, Any]) -> None:
+        """Run the cleanup to its end, or to that of its time; nothing of it is left either. How it ends is nobody's concern.
+
+        Nothing can hasten it: who stops the run, or is gone, wants exactly this to be done.
+        """
+        until = time.monotonic() + spec["cleanup_secs"]
+        poller = kernel.Poller(self._wakeup.fd)
+        pid = None
+        while True:
+            self._wakeup.clear()
+            now = time.monotonic()
+            if pid is None and now < until:
+                with contextlib.suppress(OSError):  # no process to be had just now
+                    pid = os.fork()
+                    if pid == 0:
+                        _become_cleanup(spec["cleanup"], spec["env"])
+            try:
+                while (ended := os.waitpid(-1, os.WNOHANG)[0]) != 0:
+                    if ended == pid:
+                        until = min(until, now + STRAY_GRACE_SECS)
+            except ChildProcessError:
+                if pid is not None or now >= until:
+                    return
+            if now >= until:
+                tree.kill(tree.descendants(os.getpid()))
+            poller.wait(_LAST_PAUSE_SECS if now >= until or pid is None else until - now)
 
     def _launch(self, spec: dict[str, Any], output: int) -> None:
         self._refusal, refusal = os.pipe2(os.O_CLOEXEC)
@@ -169,6 +213,7 @@ class Supervisor:
         now = time.monotonic()
         self._status = status
         self._elapsed_secs = now - self._began
+        self._unasked = self._kill_at == math.inf
         while self._refusal != -1:  # the writer is gone, so this does not block
             self._read_refusal()
         if self._kill_at == math.inf:
@@ -195,6 +240,8 @@ class Supervisor:
             self._term_at = math.inf
             return
         tree.kill(found)
+        if self._group is not None:
+            self._group.kill()
         if self._elapsed_secs is None:
             self._killed |= alive
         self._pause_secs = min(2 * self._pause_secs, _LAST_PAUSE_SECS)
@@ -212,7 +259,43 @@ class Supervisor:
             "user_secs": self._user_secs,
             "system_secs": self._system_secs,
             "max_rss_bytes": self._max_rss_bytes,
+            "oom": self._oom(code),
         }
+
+    def _oom(self, code: int) -> str:
+        """Whether the kernel has ended it for want of memory, with the figures; empty when nothing says so."""
+        if code == 0 or self._error:
+            return ""
+        if self._group is not None and (kills := self._group.oom_kills()):
+            return (
+                f"the kernel ended {kills} of its processes: it may use {_mib(self._group.limit_bytes())}, "
+                f"and had used {_mib(self._group.peak_bytes())}"
+            )
+        # Somebody's KILL, and the kernel has ended some process beside us for want of memory meanwhile.
+        if code in {-9, _KILLED} and self._unasked and -1 < self._oom_kills < _oom_kills(self._oom_counter):
+            return (
+                "it was killed while the machine ran out of memory; "
+                f"its largest process had {_mib(self._max_rss_bytes)}"
+            )
+        return ""
+
+
+def _mib(count: int) -> str:
+    return f"{count / (1 << 20):.0f} MiB of memory"
+
+
+def _oom_kills(counter: str) -> int:
+    """How many processes the kernel has ended for want of memory; -1 when it does not tell (before 4.13)."""
+    try:
+        fd = os.open(counter, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return -1
+    try:
+        text = os.read(fd, 1 << 14)
+    finally:
+        os.close(fd)
+    _, found, rest = (b"\n" + text).partition(b"\noom_kill ")
+    return int(rest.split(b"\n", 1)[0]) if found else -1
 
 
 def _become_workload(spec: dict[str, Any], parent: int, output: int, refusal: int) -> NoReturn:
@@ -224,6 +307,9 @@ def _become_workload(spec: dict[str, Any], parent: int, output: int, refusal: in
         kernel.die_with_parent()
         if os.getppid() != parent:
             os._exit(127)
+        _confine(spec)
+        if os.getppid() != parent:
+            os._exit(127)
         os.dup2(output, 1)
         os.dup2(output, 2)
         kernel.close_others(refusal)
@@ -232,5 +318,29 @@ def _become_workload(spec: dict[str, Any], parent: int, output: int, refusal: in
         os.execvpe(what, spec["argv"], spec["env"])  # noqa: S606 - looked up on the PATH of `env`
     except (OSError, ValueError) as exc:
         os.write(refusal, refused(exc, what).encode(errors="replace"))
+    finally:
+        os._exit(127)
+
+
+def _confine(spec: dict[str, Any]) -> None:
+    kernel.bound_workload()
+    if spec["group"]:
+        # Gone under us: then what it uses is measured, as where no group can be made.
+        with contextlib.suppress(OSError):
+            cgroup.Group(*spec["group"]).enter()
+    if spec["user"]:
+        kernel.become(*spec["user"])
+        kernel.die_with_parent()
+
+
+def _become_cleanup(argv: list[str], env: dict[str, str]) -> NoReturn:
+    """Between fork and exec of the cleanup. Never returns."""
+    try:
+        kernel.default_signals()
+        os.setsid()
+        os.dup2(1, 2)  # ours is /dev/null
+        kernel.close_others(2)
+        os.chdir("/")
+        os.execvpe(argv[0], argv, env)  # noqa: S606 - looked up on the PATH of `env`
     finally:
         os._exit(127)

@@ -53,6 +53,8 @@ class Allocator:
     def __init__(self, total: Resources, disk_free: Callable[[], int], gpus: GpuPool | None = None) -> None:
         self.total = total
         self.gpus = GpuPool() if gpus is None else gpus
+        #: Why this machine gives nothing away now; empty when it does. Call `reconsider` when that changes.
+        self.closed: Callable[[], str] = lambda: ""
         self._disk_free = disk_free
         self._held: dict[int, Allocation] = {}
         self._numbers = itertools.count(1)
@@ -114,6 +116,8 @@ class Allocator:
 
     def short(self, ask: Resources, owner: str = "", room: Resources | None = None) -> str:
         """What there is too little of now, in words; empty when `allocate` would grant it. `room`: of a moment ago."""
+        if why := self.closed():
+            return why
         short = (self.lacking(ask, room or self.room), self._short_of_gpus(ask, owner, self._keeper))
         return "; ".join(filter(None, short))
 
@@ -138,17 +142,21 @@ class Allocator:
         if instead_of is not None and self._held.pop(instead_of.number, None) is not None:
             self.gpus.give_back(instead_of.number)
             try:
-                fits = not self.lacking(ask, instead_of.amounts) and not self.gpus.lacking(ask, owner)
-                return self._reserve(ask, owner) if fits else self.allocate(ask, owner)
+                short = (
+                    self.closed() or self.lacking(ask, instead_of.amounts) or self.gpus.lacking(ask, owner)
+                )
+                return self.allocate(ask, owner) if short else self._reserve(ask, owner)
             finally:
                 self._grant()
                 self._changed()
         self.check(ask)
+        # A disk that others have filled: no run that ends will change that. Memory of cards does come back.
+        if not self._held and (short := self.lacking(ask, self.free)):
+            raise errors.NeverFits(f"more than this machine has to give: {short}")
         if short := self.short(ask, owner):
-            # A disk that others have filled: no run that ends will change that. Memory of cards does come back.
-            if not self._held and self.lacking(ask, self.free):
-                raise errors.NeverFits(f"more than this machine has to give: {short}")
-            raise errors.NoCapacity(f"not enough room now: {short}", lacking=short)
+            kept = self.lacking(ask, self.room) and not self.lacking(ask, self.free)
+            why = "room is kept for what has waited for long" if kept else "not enough room now"
+            raise errors.NoCapacity(f"{why}: {short}", lacking=short)
         return self._reserve(ask, owner)
 
     def check(self, ask: Resources) -> None:
@@ -214,6 +222,8 @@ class Allocator:
 
     def _grant(self) -> None:
         """Something has become free: whom it fits gets it."""
+        if self.closed():
+            return
         keeper: _Waiter | None = None
         for waiter in sorted(self._waiters, key=lambda waiter: (not waiter.keeps, waiter.rank())):
             if waiter.granted.done():

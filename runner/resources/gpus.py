@@ -48,7 +48,7 @@ class Usage:
     """What some processes use of a card. None: the driver does not say."""
 
     memory_bytes: int | None
-    utilisation: float | None  #: of the whole card, by whomever, 0 to 1; not told of MIG instances
+    utilization: float | None  #: of the whole card, by whomever, 0 to 1; not told of MIG instances
 
 
 class _LostError(Exception):
@@ -232,4 +232,4 @@ def _usage(handle: Any, pids: Collection[int]) -> Usage:
         known = [used for pid, used in by_pid.items() if pid in pids]
         memory = None if None in known else sum(used or 0 for used in known)
     rates = _ask("nvmlDeviceGetUtilizationRates", handle)
-    return Usage(memory_bytes=memory, utilisation=None if rates is None else rates.gpu / 100)
+    return Usage(memory_bytes=memory, utilization=None if rates is None else rates.gpu / 100)

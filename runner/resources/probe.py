@@ -6,24 +6,24 @@ import contextlib
 import os
 import pathlib
 import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
 
 from runner import errors, units
 from runner.request.model import Resources
+from runner.resources import containers
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from runner.config import Machine
 
 #: Of the volume of the working directory this share is never promised (INTEROP.md 8.3).
 DISK_RESERVE = 0.10
 
 
-def machine(limits: Machine, volume: Path) -> Resources:
-    """What this runner may give away: the machine, cut to the operator's limits.
+def machine(limits: Machine, volume: Path, root: Path = Path("/")) -> Resources:
+    """What this runner may give away: the machine, cut to the container's quotas (found below `root`) and the operator's limits.
 
     Memory is what is available now: what others use is not ours. `hdd_bytes` is the size of the volume less its reserve;
     how much of it is free is asked anew at each allocation (`disk_free`).
@@ -31,8 +31,11 @@ def machine(limits: Machine, volume: Path) -> Resources:
     Raises:
         errors.UsageError: a limit is above what the machine has; the text says how much that is.
     """
+    quota = containers.quota(root)
     cores = len(os.sched_getaffinity(0))
+    cores = min(cores, quota.cores or cores)
     memory = psutil.virtual_memory().available
+    memory = memory if quota.memory_bytes is None else min(memory, quota.memory_bytes)
     disk = int(shutil.disk_usage(volume).total * (1 - DISK_RESERVE))
     if limits.max_cores > cores:
         raise errors.UsageError(

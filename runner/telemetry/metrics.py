@@ -11,7 +11,7 @@ import collections
 import contextlib
 import dataclasses
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import (
     CollectorRegistry,
@@ -29,7 +29,7 @@ import runner
 from runner.telemetry.redact import redact_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from prometheus_client.core import Metric
 
@@ -52,6 +52,26 @@ _GPU_GAUGES = (
 )
 
 _STAGE_SECS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 60, 180, 600, 1800, 3600, 3 * 3600, 12 * 3600, 48 * 3600)
+_CORES = (0.1, 0.3, 0.6, 1, 2, 4, 8, 16, 32, 64, 128)
+_BYTES = tuple(float(1 << power) for power in range(24, 44, 2))  # 16 MiB to 4 TiB
+#: Figures of `Use.told` (runner.resources.usage) and the histograms that they go to.
+_USED = {
+    "cpu_cores": ("mean", "experiment_cpu_cores", "Cores that an experiment used, on average", _CORES),
+    "memory_bytes": (
+        "peak",
+        "experiment_memory_peak_bytes",
+        "Memory that an experiment used at most",
+        _BYTES,
+    ),
+    "disk_bytes": ("peak", "experiment_disk_peak_bytes", "Disk that an experiment used at most", _BYTES),
+    "gpu_memory_bytes": (
+        "peak",
+        "experiment_gpu_memory_peak_bytes",
+        "GPU memory that an experiment used at most",
+        _BYTES,
+    ),
+    "gpu_utilization": ("mean", "experiment_gpu_utilization", "GPUs that an experiment kept busy", _CORES),
+}
 _WAIT_SECS = (
     0.1,
     0.3,
@@ -157,6 +177,29 @@ class Metrics:
             buckets=_WAIT_SECS,
             registry=registry,
         )
+
+        self._used = {
+            name: (figure, Histogram(f"runner_{metric}", text, buckets=buckets, registry=registry))
+            for name, (figure, metric, text, buckets) in _USED.items()
+        }
+        self._sampling = counter("sampling_cpu_seconds_total", "Processor time that measuring runs has cost")
+        now = Gauge("runner_experiments_used", "What all runs use now", ["resource"], registry=registry)
+        self._now = {name: now.labels(name) for name in ("cpu_cores", "memory_bytes", "disk_bytes")}
+
+    def watch_use(self, use: Callable[[], tuple[float, float, float]]) -> None:
+        """Ask `use` for the cores, bytes of memory and bytes of disk that runs use, at each scrape. It must not block or raise."""
+        for place, gauge in enumerate(self._now.values()):
+            gauge.set_function(lambda place=place: use()[place])  # type: ignore[misc]  # bound to each
+
+    def used(self, told: Mapping[str, Any]) -> None:
+        """What an experiment has used, peak and mean of each figure (`Use.told`)."""
+        for name, (figure, histogram) in self._used.items():
+            if name in told:
+                histogram.observe(told[name][figure])
+
+    def sampled(self, cpu_secs: float) -> None:
+        """Measuring has cost so much processor time."""
+        self._sampling.inc(cpu_secs)
 
     def render(self) -> bytes:
         """All of it in Prometheus's text format 0.0.4 (`CONTENT_TYPE`).

@@ -48,7 +48,7 @@ class Gpu:
     total: int
     used: int = 0
     ecc: int | None = 0
-    utilisation: int | None = 0
+    utilization: int | None = 0
     lost: bool = False  #: every call for it gives GPU_IS_LOST
     processes: dict[int, int | None] = dataclasses.field(default_factory=dict)
     parts: list[Part] | None = None  #: MIG is enabled
@@ -77,7 +77,7 @@ class Machine:
         lines = [f"error|{name}|{code}" for name, code in self.errors.items()]
         lines += [f"hang|{name}|{path}" for name, path in self.hangs.items()]
         for gpu in self.gpus:
-            ecc, rate = (-1 if each is None else each for each in (gpu.ecc, gpu.utilisation))
+            ecc, rate = (-1 if each is None else each for each in (gpu.ecc, gpu.utilization))
             mig = -1 if gpu.parts is None else len(gpu.parts)
             lines.append(
                 f"gpu|{gpu.uuid}|{gpu.name}|{gpu.total}|{gpu.used}|{ecc}|{rate}|{gpu.lost:d}|{mig}|{_told(gpu.processes)}"

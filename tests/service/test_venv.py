@@ -196,6 +196,32 @@ async def test_a_run_installs_into_its_own_environment_only(executor, spec, whee
         assert fingerprint(base) == before
 
 
+async def test_others_can_read_a_shared_environment_whatever_the_umask_is(environ, spec, tmp_path):
+    """With --run-as: the workload is another user, the daemon's files are closed to others (systemd's UMask=0077)."""
+    config = Environments(cache_dir=tmp_path / "shared", shared=True)
+    mask = os.umask(0o077)
+    spawner = Spawner()
+    try:
+        executor = VenvExecutor(config, spawner, environ=environ)
+        async with executor.prepare(spec("apple==1.0"), tmp_path / "log") as prepared:
+            base = config.cache_dir / "entries" / str(prepared.facts["environment"])
+            assert not [
+                str(path)
+                for path in (base, *base.rglob("*"))
+                if not path.is_symlink() and ~path.stat().st_mode & (0o005 if path.is_dir() else 0o004)
+            ]
+            for folder in (config.cache_dir, config.cache_dir / "entries"):
+                assert folder.stat().st_mode & 0o777 == 0o711
+            assert python(prepared, "import apple; print(apple.VERSION)") == "1.0"
+        assert not (config.cache_dir / "locks").stat().st_mode & 0o077
+        # Room is made of what no run uses.
+        assert await executor.make_room(1 << 40) > 0
+        assert not base.exists()
+    finally:
+        os.umask(mask)
+        await spawner.aclose()
+
+
 async def test_the_base_brings_its_start_up_lines_data_and_programs(executor, spec, tmp_path):
     async with executor.prepare(spec("plum==1.0"), tmp_path / "log") as prepared:
         thin = Path(prepared.argv[0]).parents[1]

@@ -39,6 +39,8 @@ REACHES = {
     "env-cache-size": ("1gb", "environments.cache_bytes"),
     "python-fallback": ("true", "environments.fallback"),
     "retries": ("2", "runs.retries"),
+    "enforce-limits": ("false", "runs.enforce_limits"),
+    "run-as": ("nobody", "runs.run_as"),
     "metadata-schema": ("0.14", "runs.metadata_schema"),
     "metadata-store": ("s3://h/b", "runs.metadata_store"),
     "grace": ("10m", "runs.grace_secs"),

@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from runner.process import base, spawner
+from runner.process import base, cgroup, spawner
 
 
 async def main() -> None:
@@ -15,7 +15,9 @@ async def main() -> None:
     await starter.open()
     processes = []
     for fields in json.loads(sys.argv[1]):
-        command = base.Command(**{**fields, "cwd": Path(fields["cwd"]), "output": Path(fields["output"])})
+        group = fields["group"] and cgroup.Group(*fields["group"])
+        paths = {"cwd": Path(fields["cwd"]), "output": Path(fields["output"])}
+        command = base.Command(**{**fields, **paths, "group": group})
         processes.append(await starter.start(command))
     nursery = starter._nursery
     assert nursery is not None

@@ -39,7 +39,12 @@ async def daemon(
 ) -> AsyncIterator[tuple[int, dict[str, Any]]]:
     """A stand-in of the daemon that runs the commands: its process id, and those that it tells."""
     fields = [
-        {**dataclasses.asdict(command), "cwd": str(command.cwd), "output": str(command.output)}
+        {
+            **dataclasses.asdict(dataclasses.replace(command, group=None)),
+            "cwd": str(command.cwd),
+            "output": str(command.output),
+            "group": command.group and [command.group.path, command.group.version],
+        }
         for command in commands
     ]
     program = subprocess.Popen(

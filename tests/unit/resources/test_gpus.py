@@ -211,7 +211,7 @@ def test_whose_memory_it_is(eyes, machine, tmp_path):
     try:
         used: dict[int, int | None] = {2**22 + 1: GIB}  # nobody has that number
         used.update({process.pid: number * GIB for number, process in enumerate(sleeping, 1)})
-        machine.gpus = [nvml.A100_80(uuid="GPU-0", used=11 * GIB, utilisation=70, processes=used)]
+        machine.gpus = [nvml.A100_80(uuid="GPU-0", used=11 * GIB, utilization=70, processes=used)]
         (seen,) = eyes.look().sights
         if not probe.sees_all_processes():  # in a container the driver's process ids mean nothing
             assert seen.by_home is None
@@ -219,7 +219,7 @@ def test_whose_memory_it_is(eyes, machine, tmp_path):
             assert seen.by_home == {"/runs/a": 3 * GIB, "/runs/b": 3 * GIB}
         pids = [process.pid for process in sleeping[:2]]
         assert eyes.ask(f"nvml.usage(['GPU-0'], {pids})") == {
-            "GPU-0": Usage(memory_bytes=3 * GIB, utilisation=0.7)
+            "GPU-0": Usage(memory_bytes=3 * GIB, utilization=0.7)
         }
         machine.gpus[0].processes[pids[0]] = None
         assert eyes.look().sights[0].by_home is None

@@ -1,0 +1,383 @@
+"""What running experiments use, sampled: one look at /proc for all of them, in a thread, seldom enough to cost nothing.
+
+Processor time and memory of a run are those of all processes below its supervisor, wherever they have gone. Memory is what would
+be free without it: private pages, shared memory and swap; not the files that it has mapped, which the kernel gives back when it
+must. Private pages that forks still share with each other are counted for each, so the sum is never too low; only when it is
+above the run's limit is it asked how much of it is shared (PSS: the kernel walks all page tables for that), and the answer is what
+decides. So a run is never ended for pages that it has once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import dataclasses
+import os
+import shutil
+import time
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import structlog
+
+from runner.resources import disk
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterator, Sequence
+    from pathlib import Path
+
+    from runner.process.base import ProcessExit
+
+log = structlog.get_logger(__name__)
+
+EVERY_SECS = 2.0  #: between two looks at the processes
+DISK_SECS = 5.0  #: between two measurements of one run's directory
+#: A look, or a measurement, may cost one part in so many of one core: what takes longer is done less often.
+SHARE, DISK_SHARE = 200.0, 50.0
+#: Of what a run may write: when it may have reached that, going by the free space, it is measured earlier.
+EARLY = 0.8
+#: Directories up to so many entries are measured at the end of a run that was too short to be sampled.
+SMALL_ENTRIES = 2000
+#: Over less than that the kernel's count of processor time (a hundredth of a second each) makes no rate.
+MIN_SECS = 0.5
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+class Cards(NamedTuple):
+    """What a run's graphics cards tell of it."""
+
+    memory_bytes: int
+    utilization: float  #: of all its cards together: 1.5 is one and a half
+
+
+@dataclasses.dataclass(kw_only=True)
+class Series:
+    """The peak and the mean of a figure."""
+
+    now: float = 0.0
+    peak: float = 0.0
+    total: float = 0.0
+    count: int = 0
+
+    def add(self, value: float) -> None:
+        """One more sample."""
+        self.now = value
+        self.peak = max(self.peak, value)
+        self.total += value
+        self.count += 1
+
+    @property
+    def mean(self) -> float:
+        """0 when there are none."""
+        return self.total / self.count if self.count else 0.0
+
+
+@dataclasses.dataclass(kw_only=True)
+class Use:
+    """What one run uses. Changes while it runs, in the daemon's loop."""
+
+    cores: Series = dataclasses.field(default_factory=Series)
+    memory: Series = dataclasses.field(default_factory=Series)
+    disk: Series = dataclasses.field(default_factory=Series)
+    card_memory: Series = dataclasses.field(default_factory=Series)
+    card_utilization: Series = dataclasses.field(default_factory=Series)
+    processes: int = 0
+    disk_complete: bool = True  #: False: it hides some of what it writes, in places that cannot be measured
+
+    def measure_small(self, directory: Path) -> None:
+        """Of a run that was too short to be sampled: its directory as it is now, unless that is large. Blocking."""
+        measured = disk.measure(directory, max_entries=SMALL_ENTRIES)
+        if measured.complete:
+            self.disk.add(measured.bytes)
+
+    def told(self, ended: ProcessExit | None = None) -> dict[str, Any]:
+        """For `runner` of the metadata document: peak and mean of each. `ended` tells of runs too short for samples."""
+        cores, memory = self.cores, self.memory
+        if ended is not None and ended.elapsed_secs > 0:
+            mean = (ended.user_secs + ended.system_secs) / ended.elapsed_secs
+            cores = Series(peak=max(cores.peak, mean), total=mean, count=1)
+            if not memory.count:
+                memory = Series(peak=ended.max_rss_bytes, total=ended.max_rss_bytes, count=1)
+        told: dict[str, Any] = {"samples": self.memory.count}
+        for name, series, digits in (
+            ("cpu_cores", cores, 3),
+            ("memory_bytes", memory, None),
+            ("disk_bytes", self.disk, None),
+            ("gpu_memory_bytes", self.card_memory, None),
+            ("gpu_utilization", self.card_utilization, 3),
+        ):
+            if series.count:
+                told[name] = {"peak": round(series.peak, digits), "mean": round(series.mean, digits)}
+        return told
+
+
+@dataclasses.dataclass(kw_only=True, eq=False)
+class _Watched:
+    """A run that is watched. `use` and what follows it belong to the loop."""
+
+    supervisor: int
+    directory: Path
+    ram_bytes: int
+    hdd_bytes: int
+    cards: tuple[str, ...]
+    told: Callable[[Use], None]
+    context: contextvars.Context
+    use: Use = dataclasses.field(default_factory=Use)
+    pids: tuple[int, ...] = ()
+    cpu_secs: float = 0.0
+    seen_at: float = dataclasses.field(default_factory=time.monotonic)
+    disk_at: float = 0.0
+    disk_cost_secs: float = 0.0
+    disk_free: int = 0  #: of the volume, when the directory was measured
+
+
+class Sample(NamedTuple):
+    """What one look tells of one run."""
+
+    cpu_secs: float
+    memory_bytes: int
+    pids: tuple[int, ...]
+
+
+class Sampler:
+    """Watches all runs of a daemon. `run` is its service; it costs nothing while nothing runs."""
+
+    def __init__(
+        self,
+        *,
+        every_secs: float = EVERY_SECS,
+        cards: Callable[[Sequence[str], Sequence[int]], Awaitable[Cards | None]] | None = None,
+        cost: Callable[[float], None] = lambda _: None,
+    ) -> None:
+        """`cards` tells what the cards with these UUIDs do, and what of their memory these processes have; it may hang.
+
+        `cost` is told of the processor time that sampling takes.
+        """
+        self._every_secs = every_secs
+        self._cards = cards
+        self._cost = cost
+        self._watched: list[_Watched] = []
+        self._some = asyncio.Event()
+
+    @contextlib.contextmanager
+    def watch(
+        self,
+        supervisor: int,
+        directory: Path,
+        *,
+        ram_bytes: int = 0,
+        hdd_bytes: int = 0,
+        cards: tuple[str, ...] = (),
+        told: Callable[[Use], None],
+    ) -> Iterator[Use]:
+        """Watch a run while the context is open. `told` is called in the loop, and in this context, after each sample.
+
+        Above `ram_bytes` (0: no limit) memory is measured exactly; near `hdd_bytes` the directory is measured more often.
+        """
+        watched = _Watched(
+            supervisor=supervisor,
+            directory=directory,
+            ram_bytes=ram_bytes,
+            hdd_bytes=hdd_bytes,
+            cards=cards,
+            told=told,
+            context=contextvars.copy_context(),
+        )
+        self._watched.append(watched)
+        self._some.set()
+        try:
+            yield watched.use
+        finally:
+            self._watched.remove(watched)
+            if not self._watched:
+                self._some.clear()
+
+    @property
+    def now(self) -> tuple[float, float, float]:
+        """Cores, memory and disk that all runs use now."""
+        uses = [watched.use for watched in self._watched]
+        return (
+            sum(use.cores.now for use in uses),
+            sum(use.memory.now for use in uses),
+            sum(use.disk.now for use in uses),
+        )
+
+    async def run(self) -> None:
+        """For ever: look, and tell."""
+        async with asyncio.TaskGroup() as all_:
+            all_.create_task(self._processes(), name="sample processes")
+            all_.create_task(self._disks(), name="sample disks")
+            all_.create_task(self._look_at_cards(), name="sample cards")
+
+    async def _processes(self) -> None:
+        while True:
+            await asyncio.sleep(self._every_secs)
+            await self._some.wait()
+            runs = list(self._watched)
+            samples, cost = await asyncio.to_thread(self._look, runs)
+            self._cost(cost)
+            now = time.monotonic()
+            for watched, sample in zip(runs, samples, strict=True):
+                if watched in self._watched and sample.pids:
+                    self._take(watched, sample, now)
+            await asyncio.sleep(max(0.0, SHARE * cost - self._every_secs))
+
+    def _look(self, runs: Sequence[_Watched]) -> tuple[list[Sample], float]:
+        began = time.thread_time()
+        samples = look([(run.supervisor, run.ram_bytes) for run in runs])
+        return samples, time.thread_time() - began
+
+    async def _look_at_cards(self) -> None:
+        """Apart from the rest: a driver that hangs must not keep anybody from measuring memory."""
+        while self._cards is not None:
+            await asyncio.sleep(self._every_secs)
+            await self._some.wait()
+            for watched in [run for run in self._watched if run.cards]:
+                card = await self._cards(watched.cards, watched.pids)
+                if card is not None and watched in self._watched:
+                    watched.use.card_memory.add(card.memory_bytes)
+                    watched.use.card_utilization.add(card.utilization)
+
+    def _take(self, watched: _Watched, sample: Sample, now: float) -> None:
+        use = watched.use
+        if (secs := now - watched.seen_at) >= MIN_SECS:
+            use.cores.add(max(0.0, sample.cpu_secs - watched.cpu_secs) / secs)
+            watched.cpu_secs, watched.seen_at = max(watched.cpu_secs, sample.cpu_secs), now
+        use.memory.add(sample.memory_bytes)
+        use.processes, watched.pids = len(sample.pids), sample.pids
+        watched.context.run(watched.told, use)
+
+    async def _disks(self) -> None:
+        while True:
+            await asyncio.sleep(self._every_secs)
+            await self._some.wait()
+            for watched in await asyncio.to_thread(_due, list(self._watched)):
+                if watched in self._watched:
+                    began = time.monotonic()
+                    measured, free, cost = await asyncio.to_thread(_measure, watched.directory)
+                    self._cost(cost)
+                    watched.disk_at, watched.disk_free = time.monotonic(), free
+                    # A cold directory costs reads from the disk, rather than processor time.
+                    watched.disk_cost_secs = max(cost, (watched.disk_at - began) / 5)
+                    if watched in self._watched and measured.entries:
+                        watched.use.disk.add(measured.bytes)
+                        watched.use.disk_complete = measured.complete
+                        watched.context.run(watched.told, watched.use)
+
+
+def _due(runs: Sequence[_Watched]) -> list[_Watched]:
+    return [each for each in runs if _is_due(each)]
+
+
+def _is_due(watched: _Watched) -> bool:
+    """By the clock: the longer it takes the seldomer. Earlier, when so much of the volume has gone meanwhile that it may matter."""
+    since = time.monotonic() - watched.disk_at
+    if since >= max(DISK_SECS, DISK_SHARE * watched.disk_cost_secs):
+        return True
+    if not watched.hdd_bytes or since < DISK_SHARE / 10 * watched.disk_cost_secs:
+        return False
+    grown = watched.disk_free - _free(watched.directory)
+    return watched.use.disk.now + grown >= EARLY * watched.hdd_bytes and grown > 0
+
+
+def _measure(directory: Path) -> tuple[disk.Measured, int, float]:
+    began = time.thread_time()
+    free = _free(directory)
+    measured = disk.measure(directory)
+    return measured, free, time.thread_time() - began
+
+
+def _free(directory: Path) -> int:
+    try:
+        return shutil.disk_usage(directory).free
+    except OSError:
+        return 0
+
+
+# -- /proc
+
+
+class _Process(NamedTuple):
+    parent: int
+    own_ticks: int
+    ended_ticks: int  #: of children that have ended, and theirs
+
+
+def look(runs: Sequence[tuple[int, int]], proc: str = "/proc") -> list[Sample]:
+    """What is below each supervisor: `runs` are their process ids, and the memory above which it is measured exactly. Blocking."""
+    processes: dict[int, _Process] = {}
+    children: dict[int, list[int]] = {}
+    for name in os.listdir(proc):  # noqa: PTH208 - thousands of them
+        if name.isdigit() and (process := _process(f"{proc}/{name}/stat")) is not None:
+            processes[int(name)] = process
+            children.setdefault(process.parent, []).append(int(name))
+    return [_sample(supervisor, ram, processes, children, proc) for supervisor, ram in runs]
+
+
+def _sample(
+    supervisor: int, ram_bytes: int, processes: dict[int, _Process], children: dict[int, list[int]], proc: str
+) -> Sample:
+    below: list[int] = []
+    waiting = [supervisor]
+    while waiting:
+        found = children.get(waiting.pop(), [])
+        below += found
+        waiting += found
+    own = processes.get(supervisor)
+    ticks = 0 if own is None else own.ended_ticks
+    ticks += sum(processes[pid].own_ticks + processes[pid].ended_ticks for pid in below)
+    parts = [_fields(f"{proc}/{pid}/status", _STATUS) for pid in below]
+    private = sum(part.get(b"RssAnon", 0) + part.get(b"VmSwap", 0) for part in parts)
+    shared = [part.get(b"RssShmem", 0) for part in parts]
+    memory = private + max(shared, default=0)
+    if ram_bytes and len(below) > 1 and private + sum(shared) > ram_bytes:
+        memory = _exact(below, proc) or memory
+    return Sample(cpu_secs=ticks / _TICKS, memory_bytes=memory, pids=tuple(below))
+
+
+_STATUS = (b"RssAnon", b"RssShmem", b"VmSwap")
+_ROLLUP = (b"Pss", b"Pss_Anon", b"Pss_Shmem", b"SwapPss")
+
+
+def _exact(pids: Sequence[int], proc: str) -> int:
+    """Each shared page counts once. 0 when the kernel does not tell."""
+    total = 0
+    for pid in pids:
+        part = _fields(f"{proc}/{pid}/smaps_rollup", _ROLLUP)
+        resident = part.get(b"Pss_Anon", 0) + part.get(b"Pss_Shmem", 0)
+        total += (resident if b"Pss_Anon" in part else part.get(b"Pss", 0)) + part.get(b"SwapPss", 0)
+    return total
+
+
+def _process(path: str) -> _Process | None:
+    text = _read(path)
+    # The second field is the program's name in brackets, and may hold anything, also spaces and brackets.
+    fields = text[text.rfind(b")") + 2 :].split(None, 16)
+    if len(fields) < 16:  # noqa: PLR2004 - proc(5)
+        return None
+    return _Process(
+        int(fields[1]), int(fields[11]) + int(fields[12]), max(0, int(fields[13])) + max(0, int(fields[14]))
+    )
+
+
+def _fields(path: str, names: tuple[bytes, ...]) -> dict[bytes, int]:
+    """Those of a table of `Name:   123 kB`, in bytes."""
+    found = {}
+    for line in _read(path).splitlines():
+        name, _, value = line.partition(b":")
+        if name in names:
+            found[name] = int(value.split()[0]) * 1024
+    return found
+
+
+def _read(path: str) -> bytes:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return b""
+    try:
+        return os.read(fd, 1 << 14)
+    except OSError:
+        return b""
+    finally:
+        os.close(fd)

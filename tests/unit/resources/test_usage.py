@@ -1,0 +1,214 @@
+"""What runs use, sampled: real processes below real supervisors, and trees of files where figures are to be exact."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from runner.process import base
+from runner.process.spawner import Spawner
+from runner.resources import usage
+from runner.resources.usage import Cards, Sampler, Use
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+    from pathlib import Path
+
+MIB = 1 << 20
+KIB = 1 << 10
+
+
+def process(
+    proc: Path, pid: int, parent: int, *, ticks: int = 0, ended: int = 0, name: str = "x", **kib: int
+) -> None:
+    """A process in a tree of files."""
+    place = proc / str(pid)
+    place.mkdir(parents=True)
+    fields = [str(parent), *["0"] * 9, str(ticks), "0", str(ended), "0", *["0"] * 30]
+    (place / "stat").write_bytes(f"{pid} ({name}) S {' '.join(fields)}\n".encode())
+    lines = [f"{key}:\t{value} kB\n" for key, value in kib.items()]
+    (place / "status").write_text(
+        "Name:\tx\n" + "".join(line for line in lines if not line.startswith(("Pss", "Swap")))
+    )
+    if any(key.startswith("Pss") for key in kib):
+        (place / "smaps_rollup").write_text(
+            "0-1 ---p [rollup]\n" + "".join(line for line in lines if "Pss" in line)
+        )
+
+
+def test_everything_below_a_supervisor_counts_and_nothing_else(tmp_path):
+    ticks = usage._TICKS
+    process(tmp_path, 10, 1, ticks=1000 * ticks, ended=3 * ticks, RssAnon=999_999)
+    process(tmp_path, 11, 10, ticks=5 * ticks, name="a) S 1 (b", RssAnon=100, RssShmem=50, VmSwap=7)
+    process(tmp_path, 12, 11, ticks=ticks, ended=2 * ticks, RssAnon=10, RssShmem=50)
+    process(tmp_path, 13, 12, RssAnon=1)
+    process(tmp_path, 20, 1, ticks=77 * ticks, RssAnon=5)
+    (tmp_path / "meminfo").write_text("")
+    (run, none) = usage.look([(10, 0), (4711, 0)], str(tmp_path))
+    assert run == usage.Sample(cpu_secs=11, memory_bytes=(100 + 7 + 10 + 1 + 50) * KIB, pids=(11, 12, 13))
+    assert none.pids == ()
+
+
+def test_above_its_limit_pages_that_forks_share_count_once(tmp_path):
+    process(tmp_path, 10, 1)
+    for pid in (11, 12, 13, 14):
+        process(
+            tmp_path, pid, 10, RssAnon=1000, RssShmem=400, Pss=900, Pss_Anon=250, Pss_Shmem=100, SwapPss=1
+        )
+    below, above = 4 * 1000 + 4 * 400, 4 * 1000 + 4 * 400 - 1
+    assert usage.look([(10, below * KIB)], str(tmp_path))[0].memory_bytes == (4 * 1000 + 400) * KIB
+    assert usage.look([(10, above * KIB)], str(tmp_path))[0].memory_bytes == 4 * 351 * KIB
+
+
+def test_a_kernel_that_does_not_tell_what_is_shared(tmp_path):
+    process(tmp_path, 10, 1)
+    process(tmp_path, 11, 10, RssAnon=1000)
+    process(tmp_path, 12, 10, RssAnon=1000)
+    assert usage.look([(10, KIB)], str(tmp_path))[0].memory_bytes == 2000 * KIB
+    (tmp_path / "11" / "stat").write_bytes(b"11 (half")
+    assert usage.look([(10, 0)], str(tmp_path))[0].pids == (12,)
+
+
+def test_peak_and_mean_are_told_and_of_a_short_run_what_its_end_says():
+    use = Use()
+    ended = base.ProcessExit(code=0, elapsed_secs=2, user_secs=2, system_secs=1, max_rss_bytes=77)
+    assert use.told() == {"samples": 0}
+    assert use.told(ended) == {
+        "samples": 0,
+        "cpu_cores": {"peak": 1.5, "mean": 1.5},
+        "memory_bytes": {"peak": 77, "mean": 77},
+    }
+    for value in (1, 4, 1):
+        use.cores.add(value)
+        use.memory.add(value)
+        use.card_utilization.add(value / 10)
+    told = use.told(ended)
+    assert told["cpu_cores"] == {"peak": 4, "mean": 1.5}
+    assert told["memory_bytes"] == {"peak": 4, "mean": 2}
+    assert told["gpu_utilization"] == {"peak": 0.4, "mean": 0.2}
+    assert use.told(base.ProcessExit(code=None))["samples"] == 3
+
+
+@pytest.fixture
+async def spawner() -> AsyncIterator[Spawner]:
+    spawner = Spawner()
+    await spawner.open()
+    yield spawner
+    await spawner.aclose()
+
+
+@contextlib.asynccontextmanager
+async def sampling(sampler: Sampler) -> AsyncIterator[None]:
+    task = asyncio.create_task(sampler.run())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+        assert task.cancelled()
+
+
+async def test_a_run_is_sampled_while_it_runs(tmp_path: Path, spawner: Spawner) -> None:
+    script = """
+import os, time
+held = bytearray(b"x") * (60 << 20)
+if os.fork() == 0:
+    os.setsid()
+    held[:] = b"y" * len(held)
+open("file", "wb").write(bytes(3 << 20))
+while True:
+    pass
+"""
+    directory = tmp_path / "run"
+    directory.mkdir()
+    command = base.Command(
+        argv=(sys.executable, "-I", "-S", "-c", script), env={}, cwd=directory, output=tmp_path / "output"
+    )
+    costs: list[float] = []
+    asked: list[tuple[str, ...]] = []
+    hold: set[int] = set()
+    enough = asyncio.Event()
+
+    def told(use: Use) -> None:
+        if (
+            use.cores.peak > 0.1
+            and use.memory.peak > 120 * MIB
+            and use.disk.peak > 3 * MIB
+            and use.card_memory.count
+            and len(hold) == 2
+        ):
+            enough.set()
+
+    async def cards(uuids: Sequence[str], pids: Sequence[int]) -> Cards:
+        asked.append(tuple(uuids))
+        hold.update(pids)
+        return Cards(memory_bytes=5, utilization=0.5)
+
+    sampler = Sampler(every_secs=0.05, cards=cards, cost=costs.append)
+    process = await spawner.start(command)
+    assert process.supervisor_pid is not None
+    async with sampling(sampler), asyncio.timeout(60):
+        with sampler.watch(process.supervisor_pid, directory, cards=("GPU-1",), told=told) as use:
+            await enough.wait()
+            assert sampler.now[1] > 120 * MIB
+        assert sampler.now == (0, 0, 0)
+    await process.stop(0)
+    assert use.memory.peak < 250 * MIB
+    assert use.processes == 2
+    assert use.disk.peak < 4 * MIB
+    assert asked[0] == ("GPU-1",)
+    assert sum(costs) > 0
+
+
+async def test_a_run_that_forks_with_much_memory_is_not_taken_for_one_that_uses_it(
+    tmp_path: Path, spawner: Spawner
+) -> None:
+    script = """
+import os, time
+held = bytearray(b"x") * (100 << 20)
+for _ in range(4):
+    if os.fork() == 0:
+        time.sleep(600)
+time.sleep(600)
+"""
+    command = base.Command(
+        argv=(sys.executable, "-I", "-S", "-c", script), env={}, cwd=tmp_path, output=tmp_path / "output"
+    )
+    process = await spawner.start(command)
+    assert process.supervisor_pid is not None
+    async with asyncio.timeout(60):
+        while len((sample := usage.look([(process.supervisor_pid, 300 * MIB)])[0]).pids) < 5:
+            await asyncio.sleep(0.02)
+    naive = usage.look([(process.supervisor_pid, 0)])[0].memory_bytes
+    await process.stop(0)
+    assert naive > 500 * MIB
+    assert 100 * MIB < sample.memory_bytes < 200 * MIB
+
+
+async def test_a_directory_near_its_limit_is_measured_early(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched = usage._Watched(
+        supervisor=1,
+        directory=tmp_path,
+        ram_bytes=0,
+        hdd_bytes=100 * MIB,
+        cards=(),
+        told=print,
+        context=None,  # type: ignore[arg-type]
+    )
+    monkeypatch.setattr(usage, "DISK_SECS", 3600.0)
+    watched.disk_at = time.monotonic()
+    watched.disk_free = 500 * MIB
+    watched.use.disk.add(50 * MIB)
+    for free, due in ((500 * MIB, False), (480 * MIB, False), (469 * MIB, True), (600 * MIB, False)):
+        monkeypatch.setattr(usage, "_free", lambda _, free=free: free)
+        assert usage._is_due(watched) == due
+    watched.disk_cost_secs = 1000.0  # a large one, only now and then
+    monkeypatch.setattr(usage, "_free", lambda _: 0)
+    assert not usage._is_due(watched)
