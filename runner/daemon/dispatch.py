@@ -295,7 +295,9 @@ class Dispatcher:
                     return
             except (QueueGone, errors.QueueUnavailable) as exc:
                 log.info("a lost message cannot be asked for", queue=str(state.ref), error=str(exc))
-                await asyncio.sleep(RECONSUME_SECS)
+            except Exception:
+                log.exception("a lost message cannot be asked for", queue=str(state.ref))
+            await asyncio.sleep(RECONSUME_SECS)
 
     async def _find_lost(self, state: QueueState) -> bool:
         """Whether the message that a run has lost was found. Others that come before it are held meanwhile, and put back once."""

@@ -17,7 +17,7 @@ from runner.queues.memory import MemoryBackend
 from tests.integration.harness import LIMIT_SECS, Daemon, daemon
 
 if TYPE_CHECKING:
-    from runner.queues.base import Delivery, QueueRef
+    from runner.queues.base import Consumer, Delivery, QueueRef
 
 #: Waits until a file is there.
 WAIT = "import pathlib, time; print('begun', flush=True)\nwhile not pathlib.Path('{go}').exists(): time.sleep(0.02)"
@@ -45,6 +45,21 @@ class Counting(MemoryBackend):
     def give_back(self, name: str, message: Any, delay_secs: float = 0) -> bool:
         self.returned[key_of(message.body)] += 1
         return super().give_back(name, message, delay_secs)
+
+
+class Slow(Counting):
+    """A broker that takes its time: room that was seen may be gone when the message is here."""
+
+    async def consumer(self, queue: QueueRef) -> Consumer:
+        consumer = await super().consumer(queue)
+        at_once = consumer.next
+
+        async def later() -> Delivery:
+            await asyncio.sleep(0.2)
+            return await at_once()
+
+        consumer.next = later  # type: ignore[method-assign]
+        return consumer
 
 
 def key_of(body: bytes) -> str:
@@ -150,6 +165,23 @@ async def test_after_it_was_put_back_no_change_of_capacity_costs_a_delivery(tmp_
         await it.settled("rmq_b")
         assert (queue.delivered["big"], queue.returned["big"]) == (2, 1)
         assert len(ended(it)) == 22
+
+
+async def test_of_many_that_would_fit_only_the_one_that_gets_the_room_is_delivered(tmp_path, monkeypatch):
+    monkeypatch.setattr(queuestate, "PARK_SECS", 0.1)
+    monkeypatch.setattr(queuestate, "REST", 1e6)
+    queue, go = Slow(), tmp_path / "go"
+    async with daemon(tmp_path, queue, drain=False) as it:
+        await it.submit(WAIT.format(go=go), key="long")
+        await begun(it)
+        keys = [f"big{number}" for number in range(4)]
+        for key in keys:
+            await it.submit("import time; time.sleep(0.5)", key=key, queue=f"rmq_{key}", resources_needed=TWO)
+        await it.until(lambda: all(queue.returned[key] for key in keys))
+        go.touch()
+        await it.until(lambda: len(ended(it)) == 5)
+        assert {key: queue.delivered[key] for key in keys} == dict.fromkeys(keys, 2)
+        assert {key: queue.returned[key] for key in keys} == dict.fromkeys(keys, 1)
 
 
 async def test_what_never_fits_for_long_is_delivered_ever_more_rarely(tmp_path, queue, monkeypatch):
