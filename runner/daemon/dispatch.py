@@ -357,7 +357,8 @@ class Dispatcher:
         return False
 
     async def _start(self, state: QueueState, delivery: Delivery, request: Request) -> None:
-        """When there is room for it. Raises errors.NoCapacity, errors.NeverFits, OSError."""
+        """When there is room for it. Raises errors.NoCapacity, errors.NotForThisHost, OSError."""
+        self._runs.check(request)
         allocation = await self._allocator.acquire(
             request.resources, rank=state.usage, timeout_secs=PARK_SECS
         )

@@ -185,6 +185,7 @@ class Service:
                     "credentials": accounts.run(),
                     "existence": dispatcher.watch_existence(),
                     "interrupted": left.run(),
+                    "leftovers": tools.executor.reap(),
                     "limits": self._limits(runs),
                     "watchdog": self._notifier.watchdog(),
                 }

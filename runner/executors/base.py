@@ -82,5 +82,14 @@ class Executor(abc.ABC):
 
         What a builder prints is appended to `log`. Cancelling it ends what it has started. Raises
         `errors.UnsupportedRequest` (no such interpreter), `errors.EnvironmentFailed` (cannot be built),
-        `errors.Unreachable` (the package index does not answer).
+        `errors.Unreachable` (the package index does not answer), `errors.NoEngine` (as `check`).
+        """
+
+    def check(self, engine: str | None) -> None:  # noqa: B027 - an executor of one kind has nothing to choose
+        """Raises `errors.NoEngine` when this host runs nothing in images of that engine (`Image.engine`). Cheap; None: on the host."""
+
+    async def reap(self) -> None:  # noqa: B027 - most leave nothing
+        """Remove what runs of an earlier daemon left outside of their processes. Called once, beside the first runs.
+
+        Limited in time; never raises but for cancellation: what cannot be removed is told in the log.
         """

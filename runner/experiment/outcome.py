@@ -76,6 +76,14 @@ class Outcome:
             )
         if ended.error is not None:
             return cls.of_error(errors.UnsupportedRequest(f"the program {ended}"))
+        if ended.oom:
+            return cls(
+                status=Status.FAILED,
+                reason=errors.Reason.OOM,
+                text=f"out of memory: {ended.oom}",
+                fate=errors.Fate.ACK,
+                exit_code=ended.code if ended.signal is None else 128 + ended.signal,
+            )
         return cls(
             status=Status.FAILED,
             reason=errors.Reason.EXIT if ended.signal is None else errors.Reason.SIGNAL,

@@ -167,6 +167,7 @@ def configuration(root: Path) -> config.Config:
         machine=config.Machine(max_cores=min(2, os.cpu_count() or 1)),
         cache=config.ArtifactCache(),
         environments=config.Environments(cache_dir=work / "environments"),
+        containers=config.Containers(),
         s3=config.S3(),
         http=config.Http(host="127.0.0.1", port=0),
         logs=config.Logs(),

@@ -1,0 +1,157 @@
+"""A run as arguments of `docker create` or `podman create`, and as files that they read. Pure, but for writing those files."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import re
+from typing import TYPE_CHECKING
+
+from runner import errors
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from runner.executors.base import Limits, RunSpec
+
+OWNER_LABEL, RUN_LABEL = "studio-runner.owner", "studio-runner.run"
+#: Many for a machine-learning program with its loaders and threads; few for a fork bomb.
+PIDS = 8192
+#: Of /dev/shm, without a limit on memory; with one, half of that: loaders of data hand their batches over in it.
+SHM_BYTES = 1 << 30
+_LEAST_MEMORY_BYTES = 6 << 20  # engines take no less
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # of images that say nothing
+_MAX_LINE_BYTES = 60_000  # of an environment file
+_PLAIN_NAME = re.compile(r"[^\s#=\ufeff][^\s=]*")
+
+#: Sets variables that no environment file can hold, and becomes the program. For any Python.
+_BOOT = "import json, os, sys; os.environ.update(json.load(open(sys.argv[1]))); os.execvp(sys.argv[2], sys.argv[2:])"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Place:
+    """What all containers of one engine have in common."""
+
+    owner: tuple[str, ...]  #: `Engine.owner`
+    is_podman: bool
+    network: str  #: empty: the engine's default
+    label: str  #: the identity of this daemon's state
+
+
+def create(place: Place, spec: RunSpec, *, name: str, env_file: Path, private: Path) -> tuple[str, ...]:
+    """The flags of a container of that run; the image and its arguments come behind them.
+
+    The run's directory is there under its own path, and its `tmp` is the container's. Nothing else of the host is, and
+    of the run's directory `private` is not: it holds the message.
+    """
+    directories = dict.fromkeys((spec.run_dir, spec.run_dir.resolve()))
+    temporary = spec.run_dir / "tmp"
+    return (
+        f"--name={name}",
+        f"--label={OWNER_LABEL}={place.label}",
+        f"--label={RUN_LABEL}={spec.run_dir.name}",
+        *place.owner,
+        "--init",
+        "--cap-drop=ALL",
+        "--security-opt=no-new-privileges",
+        "--no-healthcheck",
+        "--log-driver=none",  # the output is in its file, and nowhere else
+        "--oom-score-adj=500",  # rather than the daemon
+        *([f"--network={place.network}"] if place.network else []),
+        *_limits(spec.limits, is_podman=place.is_podman),
+        *(_bind(directory, directory) for directory in directories),
+        *(_mount("type=tmpfs", f"target={each / private.name}", "tmpfs-size=4096") for each in directories),
+        *(_bind(temporary, target) for target in ("/tmp", "/var/tmp")),  # noqa: S108 - the container's
+        f"--workdir={spec.workspace}",
+        f"--env-file={env_file}",
+    )
+
+
+def _limits(limits: Limits, *, is_podman: bool) -> list[str]:
+    flags = [f"--pids-limit={PIDS}", f"--shm-size={limits.ram_bytes // 2 or SHM_BYTES}"]
+    if limits.cpus:
+        flags.append(f"--cpus={limits.cpus}")
+    if limits.ram_bytes:
+        memory = max(limits.ram_bytes, _LEAST_MEMORY_BYTES)
+        flags += [f"--memory={memory}", f"--memory-swap={memory}"]  # the same: no swap beside it
+    if limits.gpus and is_podman:
+        flags += [f"--device=nvidia.com/gpu={card}" for card in limits.gpus]
+    elif limits.gpus:
+        flags.append(
+            f'--gpus="device={",".join(limits.gpus)}"'
+        )  # it reads a line of CSV: the quotes are its own
+    return flags
+
+
+def _bind(source: Path, target: Path | str) -> str:
+    return _mount("type=bind", f"source={source}", f"target={target}")
+
+
+def _mount(*fields: str) -> str:
+    """Engines read it as a line of CSV, so that a path may hold what it likes."""
+    line = io.StringIO()
+    csv.writer(line, lineterminator="").writerow(fields)
+    return f"--mount={line.getvalue()}"
+
+
+def environment(spec: RunSpec, overlay: Path, image_path: str, *, has_overlay: bool) -> dict[str, str]:
+    """The workload's variables, as they are right inside of the container."""
+    env = dict(spec.env)
+    if not spec.limits.gpus:
+        env["NVIDIA_VISIBLE_DEVICES"] = "void"  # NVIDIA's runtime takes "-1" for the name of a card
+    if has_overlay:
+        env["PYTHONUSERBASE"] = str(overlay)
+        env["PYTHONPATH"] = ":".join(filter(None, (str(overlay / "site"), env.get("PYTHONPATH"))))
+        env["PATH"] = f"{overlay / 'bin'}:{env.get('PATH') or image_path or _PATH}"
+    return env
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Variables:
+    """Where the variables are for whom."""
+
+    env_file: Path  #: for the engine
+    boot: tuple[str, ...]  #: goes before `python ...`: variables that the former cannot hold; mostly empty
+
+
+def write_variables(env: Mapping[str, str], private: Path, inside: Path, python: str | None) -> Variables:
+    """Write them down, readable for this user alone: never on a command line, never in the environment of the client.
+
+    An environment file has one line a variable. Those with line breaks and other oddities are set inside, by `python`; an
+    image's own program cannot be given them: raises errors.UnsupportedRequest. Blocking; raises OSError.
+    """
+    plain = {name: value for name, value in env.items() if _is_plain(name, value)}
+    odd = {name: value for name, value in env.items() if name not in plain}
+    if odd and python is None:
+        raise errors.UnsupportedRequest(
+            f"the variable {min(odd)!r} of config.env has a line break or is too long for an image's own program"
+        )
+    file = private / "container.env"
+    write_private(file, "".join(f"{name}={value}\n" for name, value in plain.items()))
+    if not odd:
+        return Variables(env_file=file, boot=())
+    rest = inside / "environment.json"
+    write_private(rest, json.dumps(odd))
+    return Variables(env_file=file, boot=(str(python), "-c", _BOOT, str(rest)))
+
+
+def _is_plain(name: str, value: str) -> bool:
+    try:
+        line = f"{name}={value}".encode()
+    except UnicodeEncodeError:  # lone surrogates
+        return False
+    return (
+        _PLAIN_NAME.fullmatch(name) is not None
+        and not {"\n", "\r"} & set(value)
+        and len(line) < _MAX_LINE_BYTES
+    )
+
+
+def write_private(file: Path, text: str) -> None:
+    """Write a file that only this user may read. Blocking; raises OSError."""
+    file.unlink(missing_ok=True)
+    file.touch(mode=0o600, exist_ok=False)
+    file.write_text(text)
