@@ -4,6 +4,7 @@ from __future__ import annotations
 
 pytest_plugins = [
     "tests.servers.daemon",
+    "tests.servers.docker",
     "tests.servers.faulty_http",
     "tests.servers.rabbitmq",
     "tests.servers.pubsub",

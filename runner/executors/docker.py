@@ -1,8 +1,9 @@
 """Runs programs in containers of Docker or Podman (docs/containers.md).
 
-A container is made (`create`) before the run, so that its name is known before anything runs in it, and started by a
-client that stays attached: what it prints goes through that client into the output, and TERM through it to the program.
-How the program ended is asked of the engine. Whatever happens to the client, the container is ended by its name: by the
+A container bears a name that is known before there is anything of that name. It is made and started by `run`, a client that
+stays attached: what the program prints goes through that client into the output, and TERM through it to the program. (Not by
+`create` and `start --attach`: since version 28 of Docker's client that one lets go when it gets TERM, and the program's last
+words are lost.) How the program ended is asked of the engine. Whatever happens to the client, the container is ended by its name: by the
 run's supervisor (`Prepared.cleanup`), at the end of `prepare`, and, when a daemon starts again, by `reap`.
 """
 
@@ -82,7 +83,7 @@ class DockerExecutor(Executor):
         images = Images(engine, self._config.pull)
         image = await images.ready(spec, log)
         place = docker_args.Place(
-            owner=await engine.owner(),
+            traits=await engine.traits(),
             is_podman=engine.is_podman,
             network=self._config.network,
             label=await asyncio.to_thread(self._label),
@@ -91,14 +92,14 @@ class DockerExecutor(Executor):
         python = None if spec.filename is None else await self._python(building)
         overlay, warnings = await building.overlay(python)
         async with self.named(engine, spec, "run") as name:
-            await building.create(name, python, arguments, has_overlay=overlay)
+            command = await building.command(name, python, arguments, has_overlay=overlay)
             yield Prepared(
-                argv=engine.argv("start", "--attach", name),
+                argv=engine.argv("run", *command),
                 env=engine.env,
-                facts=_facts(engine, image, python, warnings),
+                facts=_facts(engine, image, python, (*warnings, *docker_args.unlimited(spec.limits, place))),
                 # Ended, not removed: how it ended is still to be asked.
                 cleanup=engine.argv("kill", name),
-                verdict=lambda ended: self._verdict(engine, name, spec, ended),
+                verdict=lambda ended: self._verdict(engine, name, command, spec, ended),
             )
 
     async def reap(self) -> None:
@@ -203,7 +204,9 @@ class DockerExecutor(Executor):
 
     # -- how it ended
 
-    async def _verdict(self, engine: Engine, name: str, spec: RunSpec, ended: ProcessExit) -> ProcessExit:
+    async def _verdict(
+        self, engine: Engine, name: str, command: tuple[str, ...], spec: RunSpec, ended: ProcessExit
+    ) -> ProcessExit:
         """What became of the program, of which `ended` is only the client.
 
         Raises errors.Unreachable (the engine is gone, and with it the knowledge), errors.ProcessLost (the container is, or
@@ -212,6 +215,11 @@ class DockerExecutor(Executor):
         if ended.error is not None:
             raise errors.ProcessLost(f"the client of {engine.name} {ended}")
         state = await self._state(engine, name)
+        if state is None:
+            again = await engine.ask("create", *command)  # it says why, once more
+            if again.ok:
+                raise errors.ProcessLost("the container of the run is gone")
+            raise errors.EnvironmentFailed(f"{engine.name} cannot make the container: {again.last}")
         code, status, why = (
             int(state.get("ExitCode", 0)),
             str(state.get("Status")),
@@ -233,7 +241,8 @@ class DockerExecutor(Executor):
             ended, code=code, signal=None, oom=oom, user_secs=0.0, system_secs=0.0, max_rss_bytes=0
         )
 
-    async def _state(self, engine: Engine, name: str) -> dict[str, Any]:
+    async def _state(self, engine: Engine, name: str) -> dict[str, Any] | None:
+        """What the engine knows of a container; None: there is none. Raises errors.Unreachable after a minute."""
         loop = asyncio.get_running_loop()
         until = loop.time() + VERDICT_SECS
         while True:
@@ -245,9 +254,7 @@ class DockerExecutor(Executor):
                 await asyncio.sleep(_VERDICT_PAUSE_SECS)
                 continue
             state = answer.parsed() if answer.ok else None
-            if not isinstance(state, dict):
-                raise errors.ProcessLost(f"the container of the run is gone: {answer.last}")
-            return state
+            return state if isinstance(state, dict) else None
 
 
 def _facts(

@@ -1,4 +1,4 @@
-"""A run as arguments of `docker create` or `podman create`, and as files that they read. Pure, but for writing those files."""
+"""A run as arguments of `docker run` or `podman run`, and as files that they read. Pure, but for writing those files."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from runner.executors.base import Limits, RunSpec
+    from runner.executors.docker_engine import Traits
 
 OWNER_LABEL, RUN_LABEL = "studio-runner.owner", "studio-runner.run"
 #: Many for a machine-learning program with its loaders and threads; few for a fork bomb.
 PIDS = 8192
 #: Of /dev/shm, without a limit on memory; with one, half of that: loaders of data hand their batches over in it.
 SHM_BYTES = 1 << 30
+_TEMPORARY = ("/tmp", "/var/tmp")  # noqa: S108 - the container's
 _LEAST_MEMORY_BYTES = 6 << 20  # engines take no less
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # of images that say nothing
 _MAX_LINE_BYTES = 60_000  # of an environment file
@@ -35,13 +37,13 @@ _BOOT = "import json, os, sys; os.environ.update(json.load(open(sys.argv[1]))); 
 class Place:
     """What all containers of one engine have in common."""
 
-    owner: tuple[str, ...]  #: `Engine.owner`
+    traits: Traits
     is_podman: bool
     network: str  #: empty: the engine's default
     label: str  #: the identity of this daemon's state
 
 
-def create(place: Place, spec: RunSpec, *, name: str, env_file: Path, private: Path) -> tuple[str, ...]:
+def flags(place: Place, spec: RunSpec, *, name: str, env_file: Path, private: Path) -> tuple[str, ...]:
     """The flags of a container of that run; the image and its arguments come behind them.
 
     The run's directory is there under its own path, and its `tmp` is the container's. Nothing else of the host is, and
@@ -53,7 +55,7 @@ def create(place: Place, spec: RunSpec, *, name: str, env_file: Path, private: P
         f"--name={name}",
         f"--label={OWNER_LABEL}={place.label}",
         f"--label={RUN_LABEL}={spec.run_dir.name}",
-        *place.owner,
+        *place.traits.owner,
         "--init",
         "--cap-drop=ALL",
         "--security-opt=no-new-privileges",
@@ -61,23 +63,42 @@ def create(place: Place, spec: RunSpec, *, name: str, env_file: Path, private: P
         "--log-driver=none",  # the output is in its file, and nowhere else
         "--oom-score-adj=500",  # rather than the daemon
         *([f"--network={place.network}"] if place.network else []),
-        *_limits(spec.limits, is_podman=place.is_podman),
+        *_limits(spec.limits, place),
         *(_bind(directory, directory) for directory in directories),
         *(_mount("type=tmpfs", f"target={each / private.name}", "tmpfs-size=4096") for each in directories),
-        *(_bind(temporary, target) for target in ("/tmp", "/var/tmp")),  # noqa: S108 - the container's
+        *(_bind(temporary, target) for target in _TEMPORARY),
         f"--workdir={spec.workspace}",
         f"--env-file={env_file}",
     )
 
 
-def _limits(limits: Limits, *, is_podman: bool) -> list[str]:
-    flags = [f"--pids-limit={PIDS}", f"--shm-size={limits.ram_bytes // 2 or SHM_BYTES}"]
-    if limits.cpus:
+def mount_points(run_dir: Path) -> list[Path]:
+    """Directories that have to be there before a container is made. An engine would make them as root, and nobody could remove them.
+
+    `<run_dir>/tmp`; and where runs are below /tmp, which that becomes inside, the run's own path in it.
+    """
+    temporary = run_dir / "tmp"
+    seen = [
+        each.relative_to(outer)
+        for each in (run_dir, run_dir.resolve())
+        for outer in _TEMPORARY
+        if each.is_relative_to(outer)
+    ]
+    return [temporary, *(temporary / inside for inside in seen)]
+
+
+def _limits(limits: Limits, place: Place) -> list[str]:
+    cannot = place.traits.cannot_limit
+    flags = [f"--shm-size={limits.ram_bytes // 2 or SHM_BYTES}"]
+    if "pids" not in cannot:
+        flags.append(f"--pids-limit={PIDS}")
+    if limits.cpus and "cpus" not in cannot:
         flags.append(f"--cpus={limits.cpus}")
-    if limits.ram_bytes:
+    if limits.ram_bytes and "memory" not in cannot:
         memory = max(limits.ram_bytes, _LEAST_MEMORY_BYTES)
-        flags += [f"--memory={memory}", f"--memory-swap={memory}"]  # the same: no swap beside it
-    if limits.gpus and is_podman:
+        swap = -1 if "swap" in cannot else memory  # the same: no swap beside it
+        flags += [f"--memory={memory}", f"--memory-swap={swap}"]
+    if limits.gpus and place.is_podman:
         flags += [f"--device=nvidia.com/gpu={card}" for card in limits.gpus]
     elif limits.gpus:
         flags.append(
@@ -95,6 +116,13 @@ def _mount(*fields: str) -> str:
     line = io.StringIO()
     csv.writer(line, lineterminator="").writerow(fields)
     return f"--mount={line.getvalue()}"
+
+
+def unlimited(limits: Limits, place: Place) -> tuple[str, ...]:
+    """A sentence for each limit that the engine cannot set, for the document."""
+    asked = {"memory": limits.ram_bytes, "cpus": limits.cpus, "pids": PIDS}
+    missing = (what for what, amount in asked.items() if amount and what in place.traits.cannot_limit)
+    return tuple(f"the engine cannot limit {what} on this kernel" for what in missing)
 
 
 def environment(spec: RunSpec, overlay: Path, image_path: str, *, has_overlay: bool) -> dict[str, str]:

@@ -80,27 +80,24 @@ class Building:
             output=self.log,
         )
 
-    async def create(
+    async def command(
         self,
         name: str,
         python: docker_python.ImagePython | None,
         arguments: tuple[str, ...],
         *,
         has_overlay: bool,
-    ) -> None:
-        """Make the container of the run. Raises errors.UnsupportedRequest, errors.EnvironmentFailed, errors.Unreachable."""
-        if python is None and not (self.image.has_program or arguments):
+    ) -> tuple[str, ...]:
+        """What follows `run` or `create` for the container of the run. Raises errors.UnsupportedRequest, OSError."""
+        program = python.program if python else None
+        if program is None and not (self.image.has_program or arguments):
             raise errors.UnsupportedRequest(
                 f"there is nothing to run: experiment.filename is empty, and the image {self.image.name} has no program of its own"
             )
-        program = python.program if python else None
         flags, boot = await self._flags(name, program, has_overlay=has_overlay)
-        command = (self.image.id, *arguments)
-        if program is not None:
-            command = self._command(*boot, program, *arguments)
-        answer = await self.engine.ask("create", *flags, *command)
-        if not answer.ok:
-            raise errors.EnvironmentFailed(f"{self.engine.name} cannot make the container: {answer.last}")
+        if program is None:
+            return (*flags, self.image.id, *arguments)
+        return (*flags, *self._program(*boot, program, *arguments))
 
     async def _run(
         self,
@@ -115,10 +112,10 @@ class Building:
         """A short life in the same surroundings as the run's."""
         async with self.named(self.engine, self.spec, what) as name:
             flags, boot = await self._flags(name, python, has_overlay=has_overlay)
-            command = self._command(*boot, python, *arguments)
+            command = self._program(*boot, python, *arguments)
             return await self.engine.ask("run", *flags, *command, timeout_secs=timeout_secs, output=output)
 
-    def _command(self, program: str, *arguments: str) -> tuple[str, ...]:
+    def _program(self, program: str, *arguments: str) -> tuple[str, ...]:
         """A program of the image in place of the image's own."""
         return (f"--entrypoint={program}", self.image.id, *arguments)
 
@@ -128,10 +125,10 @@ class Building:
         """Those of `create`, and what goes before `python ...`."""
         env = docker_args.environment(self.spec, self.directory, self.image.path, has_overlay=has_overlay)
         private = self.log.parent
-        for directory in (self.directory, self.spec.run_dir / "tmp"):
-            await asyncio.to_thread(directory.mkdir, mode=0o700, exist_ok=True)
+        for directory in (self.directory, *docker_args.mount_points(self.spec.run_dir)):
+            await asyncio.to_thread(directory.mkdir, mode=0o700, parents=True, exist_ok=True)
         variables = await asyncio.to_thread(docker_args.write_variables, env, private, self.directory, python)
-        flags = docker_args.create(
+        flags = docker_args.flags(
             self.place, self.spec, name=name, env_file=variables.env_file, private=private
         )
         return flags, variables.boot

@@ -31,6 +31,8 @@ _PASSED = re.compile(
     r"HOME|PATH|TMPDIR|USER|XDG_\w+|DOCKER_\w+|CONTAINERS?_\w+|REGISTRY_AUTH_FILE|SSL_CERT_(FILE|DIR)|"
     r"(HTTPS?|NO|ALL)_PROXY|(https?|no|all)_proxy"
 )
+#: And what `docker info` calls it.
+_CAN_LIMIT = {"memory": "MemoryLimit", "swap": "SwapLimit", "cpus": "CpuCfsQuota", "pids": "PidsLimit"}
 _AWAY = re.compile(
     r"Cannot connect to the Docker daemon|error during connect|Is the docker daemon running|"
     r"permission denied while trying to connect|Cannot connect to Podman|unable to connect to Podman|"
@@ -68,6 +70,17 @@ class Answer:
         return None
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Traits:
+    """What differs from engine to engine."""
+
+    #: The flags by which what a container writes belongs to this process's user. In an engine without root, root inside is
+    #: the engine's user, and this runner must be that one.
+    owner: tuple[str, ...]
+    #: Of "memory", "swap", "cpus", "pids": what its kernel does not let it limit. Asked for, it would say so in the output.
+    cannot_limit: frozenset[str] = frozenset()
+
+
 class Engine:
     """One engine's client. Safe to use from many tasks at once."""
 
@@ -75,7 +88,7 @@ class Engine:
         self.program = program
         self.env = {name: value for name, value in environ.items() if _PASSED.fullmatch(name)}
         self._spawner = spawner
-        self._owner: tuple[str, ...] | None = None
+        self._traits: Traits | None = None
 
     @property
     def name(self) -> str:
@@ -112,26 +125,28 @@ class Engine:
         """A command of it."""
         return (str(self.program), *arguments)
 
-    async def owner(self) -> tuple[str, ...]:
-        """The flags by which what a container writes belongs to this process's user.
-
-        That depends on the engine: in one without root, root inside is the engine's user, and this runner must be that.
-        Raises as `ask`.
-        """
-        if self._owner is None:
+    async def traits(self) -> Traits:
+        """What kind of engine it is; asked once. Raises as `ask`."""
+        if self._traits is None:
             user = f"--user={os.geteuid()}:{os.getegid()}"
             if self.is_podman:
-                self._owner = (user,) if os.geteuid() == 0 else ("--userns=keep-id", user)
+                self._traits = Traits(owner=(user,) if os.geteuid() == 0 else ("--userns=keep-id", user))
             else:
-                said = (await self.ask("info", "--format", "{{json .SecurityOptions}}")).parsed()
-                options = [str(option) for option in said or ()]
-                if any("name=rootless" in option for option in options):
-                    self._owner = ("--user=0:0",)
-                elif any("name=userns" in option for option in options):
-                    self._owner = ("--userns=host", user)
-                else:
-                    self._owner = (user,)
-        return self._owner
+                self._traits = _traits(
+                    (await self.ask("info", "--format", "{{json .}}")).parsed() or {}, user
+                )
+        return self._traits
+
+
+def _traits(info: dict[str, Any], user: str) -> Traits:
+    options = [str(option) for option in info.get("SecurityOptions") or ()]
+    owner: tuple[str, ...] = (user,)
+    if any("name=rootless" in option for option in options):
+        owner = ("--user=0:0",)
+    elif any("name=userns" in option for option in options):
+        owner = ("--userns=host", user)
+    can = {ours: info.get(theirs) is not False for ours, theirs in _CAN_LIMIT.items()}
+    return Traits(owner=owner, cannot_limit=frozenset(what for what, does in can.items() if not does))
 
 
 def find(wanted: str, environ: Mapping[str, str]) -> Path | None:
