@@ -22,7 +22,7 @@ from runner import errors
 from runner.executors import docker_args, docker_engine, program
 from runner.executors.base import Executor, Prepared
 from runner.executors.docker_container import Building
-from runner.executors.docker_images import Images
+from runner.executors.docker_images import Images, reference
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
@@ -79,6 +79,8 @@ class DockerExecutor(Executor):
         """See `Executor.prepare`. What it installs is in `<run_dir>/env`; beside `log` are files for the engine alone."""
         engine = self._engine()
         arguments = spec.args if spec.filename is None else program.arguments(spec)
+        if spec.image is not None and spec.image.file is None:
+            reference(spec.image.reference)  # refused before anything is asked
         await self._sweep(engine)
         images = Images(engine, self._config.pull)
         image = await images.ready(spec, log)

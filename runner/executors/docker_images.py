@@ -62,7 +62,8 @@ def reference(text: str) -> str:
     name = _SCHEME.sub("", text, count=1) if _SCHEME.match(text) else text
     shown = f"{name[:80]!r}"
     if len(name) > _MAX_CHARS or not _REFERENCE.fullmatch(name):
-        why = "; they are written in lower case" if _REFERENCE.fullmatch(name.lower()) else ""
+        is_upper = len(name) <= _MAX_CHARS and _REFERENCE.fullmatch(name.lower())
+        why = "; they are written in lower case" if is_upper else ""
         raise errors.UnsupportedRequest(f"{shown} is not the name of a container image{why}")
     if name.startswith(docker_archive.LOADED):
         raise errors.UnsupportedRequest(f"the container image {shown} is another experiment's")

@@ -13,7 +13,7 @@ import tarfile
 import time
 from typing import TYPE_CHECKING, Any
 
-from runner import config
+from runner import config, errors
 from runner.daemon.service import Parts, Service
 from runner.daemon.stop import Stop
 from runner.executors.base import Executor, Prepared, RunSpec
@@ -34,6 +34,10 @@ class ThisPython(Executor):
     @contextlib.asynccontextmanager
     async def prepare(self, spec: RunSpec, log: Path) -> AsyncIterator[Prepared]:
         yield Prepared(argv=(sys.executable, spec.filename or "", *spec.args), env=spec.env)
+
+    def check(self, engine: str | None) -> None:
+        if engine is not None:
+            raise errors.NoEngine(f"it wants a {engine} image")
 
 
 class Daemon:
