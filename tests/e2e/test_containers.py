@@ -44,7 +44,7 @@ def ended(daemon: Daemon, key: str) -> dict[str, Any]:
     """The last of that experiment, once its message is settled."""
     return daemon.until(
         lambda: next(
-            (run for run in reversed(daemon.runs()) if run["experiment"] == key and run["stage"] == "done"),
+            (run for run in reversed(daemon.runs()) if run["experiment"] == key and "fate" in run),
             None,
         )
     )
@@ -146,9 +146,7 @@ while first:
         body(daemon, script, "k", config={"saveWorkspaceFrequency": "10s", "container": {"image": PYTHON}}),
     )
     (first,) = daemon.until(docker.containers)
-    daemon.until(
-        (daemon.storage / "experiments/k/modeldir.tar").exists
-    )  # the second attempt will have it
+    daemon.until((daemon.storage / "experiments/k/modeldir.tar").exists)  # the second attempt will have it
     daemon.kill()
     daemon.start()
     run = ended(daemon, "k")

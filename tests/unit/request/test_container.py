@@ -4,7 +4,11 @@ import pytest
 
 from runner import errors
 from runner.request.model import Container
-from tests.unit.request.messages import decoded, told
+from tests.unit.request.messages import decoded
+
+
+def told(request, words):
+    return any(words in line for line in request.warnings)
 
 
 def wanted(artifacts=None, image=None, **experiment):
