@@ -41,10 +41,14 @@ log = structlog.get_logger(__name__)
 #: How long an engine that went away under a run is asked what became of it; one that is restarted is back by then.
 VERDICT_SECS = 60.0
 _VERDICT_PAUSE_SECS = 1.0
+_LAST_LOOKS = 3
+#: 128 and KILL, or TERM: nobody of ours has sent them to a run that was not stopped.
+_ENDED_BY_SIGNAL = (137, 143)
 #: An engine that is away when a daemon starts is asked again so often for what is left, then when the next run needs it.
 REAP_TRIES = 10
 REAP_PAUSE_SECS = 30.0
-_NOT_FOUND, _NOT_EXECUTABLE = 127, 126  # how engines say that the program was not there
+#: How the clients of engines end: for want of the engine, or because the program was not there.
+_ENGINE_FAILED, _NOT_FOUND, _NOT_EXECUTABLE = 125, 127, 126
 
 
 class DockerExecutor(Executor):
@@ -216,7 +220,7 @@ class DockerExecutor(Executor):
         """
         if ended.error is not None:
             raise errors.ProcessLost(f"the client of {engine.name} {ended}")
-        state = await self._state(engine, name)
+        state, was_away = await self._state(engine, name)
         if state is None:
             again = await engine.ask("create", *command)  # it says why, once more
             if again.ok:
@@ -227,6 +231,13 @@ class DockerExecutor(Executor):
             str(state.get("Status")),
             str(state.get("Error") or ""),
         )
+        if (
+            ended.code == _ENGINE_FAILED
+            and code != _ENGINE_FAILED
+            and status not in {"created", "configured"}
+        ):
+            # It began, and its client heard of no end: what killed it, if it is dead, was the engine's own end.
+            raise errors.Unreachable(f"{engine.name} went away while the container ran", endpoint=engine.name)
         if status in {"running", "paused", "restarting"}:
             raise errors.ProcessLost(f"{engine.name} has let go of a container that was running")
         if status in {"created", "configured", "initialized"} or (why and not ended.ok):
@@ -238,25 +249,43 @@ class DockerExecutor(Executor):
         oom = ""
         if state.get("OOMKilled") and code:
             oom = f"the container was at its limit of {spec.limits.ram_bytes / 1e9:.3g} GB of memory"
+        if code in _ENDED_BY_SIGNAL and not oom and (was_away or await self._goes_away(engine)):
+            raise errors.Unreachable(
+                f"{engine.name} was stopped, and its containers with it", endpoint=engine.name
+            )
         # What the client used of the processor and memory says nothing of the program.
         return dataclasses.replace(
             ended, code=code, signal=None, oom=oom, user_secs=0.0, system_secs=0.0, max_rss_bytes=0
         )
 
-    async def _state(self, engine: Engine, name: str) -> dict[str, Any] | None:
-        """What the engine knows of a container; None: there is none. Raises errors.Unreachable after a minute."""
+    async def _state(self, engine: Engine, name: str) -> tuple[dict[str, Any] | None, bool]:
+        """What the engine knows of a container (None: there is none), and whether it had to be waited for.
+
+        Raises errors.Unreachable after a minute.
+        """
         loop = asyncio.get_running_loop()
-        until = loop.time() + VERDICT_SECS
+        until, was_away = loop.time() + VERDICT_SECS, False
         while True:
             try:
                 answer = await engine.ask("container", "inspect", "--format", "{{json .State}}", name)
             except errors.Unreachable:
+                was_away = True
                 if loop.time() > until:
                     raise
                 await asyncio.sleep(_VERDICT_PAUSE_SECS)
                 continue
             state = answer.parsed() if answer.ok else None
-            return state if isinstance(state, dict) else None
+            return (state if isinstance(state, dict) else None), was_away
+
+    async def _goes_away(self, engine: Engine) -> bool:
+        """Whether it is about to end: it ends its containers first, and answers until they have."""
+        for _ in range(_LAST_LOOKS):
+            await asyncio.sleep(_VERDICT_PAUSE_SECS)
+            try:
+                await engine.ask("version")
+            except errors.Unreachable:
+                return True
+        return False
 
 
 def _facts(

@@ -42,12 +42,10 @@ def body(daemon: Daemon, script: str, key: str, image: str = PYTHON, **experimen
 
 def ended(daemon: Daemon, key: str) -> dict[str, Any]:
     """The last of that experiment, once its message is settled."""
-    return daemon.until(
-        lambda: next(
-            (run for run in reversed(daemon.runs()) if run["experiment"] == key and "fate" in run),
-            None,
-        )
+    settled = daemon.until(
+        lambda: [run for run in daemon.runs() if run["experiment"] == key and "fate" in run]
     )
+    return settled[-1]
 
 
 def printed(storage: pathlib.Path, key: str) -> str:
@@ -71,7 +69,7 @@ raise SystemExit(4)
     assert (run["status"], run["reason"], run["exit_code"]) == ("failed", "exit", 4)
     assert printed(daemon.storage, "k1") == '{"experiment": {"score": 7}}\n'
     with tarfile.open(daemon.storage / "experiments/k1/modeldir.tar") as archive:
-        assert archive.getnames() == ["model"]
+        assert [name.removeprefix("./") for name in archive.getnames()] == [".", "model"]
     (document,) = (
         json.loads(path.read_text()) for path in daemon.storage.glob("metadata/scrape-host-*.json")
     )
@@ -150,7 +148,7 @@ while first:
     daemon.kill()
     daemon.start()
     run = ended(daemon, "k")
-    assert (run["status"], run["attempt"]) == ("completed", 2)
+    assert (run["status"], run["attempt"]) == ("completed", 2)  # the first was counted
     assert first not in docker.containers()
     daemon.until(lambda: not docker.containers())
     assert daemon.stop() == 0

@@ -61,6 +61,7 @@ class DockerServer:
         self.host = f"unix://{directory}/docker.sock"
         self.memory_limits = False  #: whether this kernel lets it limit memory
         self.version = ""
+        self.driver = DRIVERS[0]
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -68,11 +69,12 @@ class DockerServer:
         """What a client needs to find it."""
         return {"DOCKER_HOST": self.host, "DOCKER_CONFIG": str(self.directory / "config")}
 
-    def start(self, driver: str = DRIVERS[0]) -> None:
+    def start(self, driver: str = "") -> None:
         """Start it and wait until it answers. Raises Impossible with its last words."""
         root = self.directory
+        self.driver = driver or self.driver
         argv = ["dockerd", f"--host={self.host}", f"--data-root={root}/data", f"--exec-root={root}/exec"]
-        argv += [f"--pidfile={root}/docker.pid", f"--storage-driver={driver}", "--iptables=false"]
+        argv += [f"--pidfile={root}/docker.pid", f"--storage-driver={self.driver}", "--iptables=false"]
         argv += ["--bridge=none", "--ip-forward=false", "--shutdown-timeout=1"]
         with (root / "dockerd.log").open("ab") as log:
             self._process = subprocess.Popen(

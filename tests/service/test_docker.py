@@ -136,7 +136,7 @@ print(os.path.exists(os.environ["OUTSIDE"]), "SECRET_OF_RUNNER" in os.environ)
     assert outside == "False False"
 
 
-@pytest.mark.parametrize("code", [0, 3, 137])
+@pytest.mark.parametrize("code", [0, 3, 200])
 async def test_the_exit_code_is_the_engines(place, code):
     ended = await place.run(place.spec(f"raise SystemExit({code})"))
     assert (ended.code, ended.error, ended.oom) == (code, None, "")
@@ -317,6 +317,26 @@ async def test_a_client_that_dies_is_no_end_of_the_program(place):
         with pytest.raises(errors.ProcessLost, match="let go of a container that was running"):
             await prepared.verdict(ended)
     assert place.docker.containers() == []
+
+
+async def test_an_engine_that_is_restarted_is_no_failure_of_the_run(place):
+    async with place.executor.prepare(
+        place.spec(SLEEPER.format(how="signal.SIG_DFL")), place.log
+    ) as prepared:
+        process = await place.spawner.start(place.command(prepared))
+        await until(lambda: place.output.exists() and "begun" in place.said())
+        await asyncio.to_thread(place.docker.stop)
+        ended = await process.wait()
+        verdict = asyncio.create_task(_verdict(prepared, ended))
+        await asyncio.to_thread(place.docker.start)
+        with pytest.raises(errors.Unreachable, match="was stopped, and its containers with it"):
+            await verdict
+    assert place.docker.containers() == []
+
+
+async def _verdict(prepared: Prepared, ended: ProcessExit) -> ProcessExit:
+    assert prepared.verdict is not None
+    return await prepared.verdict(ended)
 
 
 async def test_what_an_earlier_daemon_left_is_removed_and_nothing_else(place, tmp_path):

@@ -47,7 +47,7 @@ class Place:
 
     def spec(self, **fields: Any) -> RunSpec:
         image = Image(engine="docker", reference=fields.pop("reference", "python:3.11"))
-        given = {"filename": "main.py", "image": image, "env": {"A": "1"}} | fields
+        given: dict[str, Any] = {"filename": "main.py", "image": image, "env": {"A": "1"}} | fields
         return RunSpec(run_dir=self.root, workspace=self.workspace, **given)
 
     async def prepared(self, spec: RunSpec, executor: DockerExecutor | None = None) -> Prepared:
@@ -318,7 +318,8 @@ async def test_when_images_are_fetched_is_the_operators_choice(place):
         ),
     ],
 )
-async def test_how_a_run_ended_is_what_the_engine_says(place, state, ended, expected):
+async def test_how_a_run_ended_is_what_the_engine_says(place, state, ended, expected, monkeypatch):
+    monkeypatch.setattr(docker_module, "_VERDICT_PAUSE_SECS", 0.01)
     place.double.answer("container", "inspect", text=ENDED | state)
     told = await place.verdict(ended, limits=Limits(ram_bytes=2 * 10**9))
     assert {name: getattr(told, name) for name in expected} == expected
@@ -333,6 +334,7 @@ async def test_how_a_run_ended_is_what_the_engine_says(place, state, ended, expe
             errors.EnvironmentFailed,
             "no nvidia driver",
         ),
+        ({"text": ENDED | {"ExitCode": 1}}, errors.Unreachable, "went away while the container ran"),
         ({"text": "No such container", "code": 1}, errors.ProcessLost, "is gone"),
         ({"text": "Cannot connect to the Docker daemon", "code": 1}, errors.Unreachable, "does not answer"),
     ],
@@ -342,7 +344,15 @@ async def test_where_the_engine_cannot_tell(place, answer, error, match, monkeyp
     monkeypatch.setattr(docker_module, "_VERDICT_PAUSE_SECS", 0.01)
     place.double.answer("container", "inspect", **answer)
     with pytest.raises(error, match=match):
-        await place.verdict(ProcessExit(code=1))
+        await place.verdict(ProcessExit(code=125 if "went away" in match else 1))
+
+
+async def test_an_engine_that_ends_its_containers_before_itself(place, monkeypatch):
+    monkeypatch.setattr(docker_module, "_VERDICT_PAUSE_SECS", 0.01)
+    place.double.answer("container", "inspect", text=ENDED | {"ExitCode": 143})
+    place.double.answer("version", text="Cannot connect to the Docker daemon", code=1)
+    with pytest.raises(errors.Unreachable, match="was stopped, and its containers with it"):
+        await place.verdict(ProcessExit(code=143))
 
 
 async def test_reaping_asks_nothing_where_nothing_ever_ran(place):

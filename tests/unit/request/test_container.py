@@ -75,8 +75,7 @@ def test_two_images_are_refused():
 def test_an_image_may_have_the_program():
     assert wanted(image="a", filename=None).filename is None
     assert wanted({"_docker": {"qualified": "a"}}, filename=None).filename is None
-    for artifacts in ({}, {"_docker": {}}):
-        with pytest.raises(errors.UnsupportedRequest, match="nothing to run"):
-            wanted(artifacts, filename=None)
+    with pytest.raises(errors.UnsupportedRequest, match="nothing to run"):
+        wanted({"_docker": {}}, filename=None)
     with pytest.raises(errors.UnsupportedRequest, match=r"config\.container\.image holds a NUL"):
         wanted(image="a\0b")
