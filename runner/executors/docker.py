@@ -274,8 +274,7 @@ class DockerExecutor(Executor):
                     raise
                 await asyncio.sleep(_VERDICT_PAUSE_SECS)
                 continue
-            state = answer.parsed() if answer.ok else None
-            return (state if isinstance(state, dict) else None), was_away
+            return (answer.parsed() or None) if answer.ok else None, was_away
 
     async def _goes_away(self, engine: Engine) -> bool:
         """Whether it is about to end: it ends its containers first, and answers until they have."""

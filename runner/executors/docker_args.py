@@ -65,7 +65,7 @@ def flags(place: Place, spec: RunSpec, *, name: str, env_file: Path, private: Pa
         *([f"--network={place.network}"] if place.network else []),
         *_limits(spec.limits, place),
         *(_bind(directory, directory) for directory in directories),
-        *(_mount("type=tmpfs", f"target={each / private.name}", "tmpfs-size=4096") for each in directories),
+        *(_hidden(each / private.name, place) for each in directories),
         *(_bind(temporary, target) for target in _TEMPORARY),
         f"--workdir={spec.workspace}",
         f"--env-file={env_file}",
@@ -109,6 +109,12 @@ def _limits(limits: Limits, place: Place) -> list[str]:
 
 def _bind(source: Path, target: Path | str) -> str:
     return _mount("type=bind", f"source={source}", f"target={target}")
+
+
+def _hidden(directory: Path, place: Place) -> str:
+    """An empty one in its place. Podman copies into it what is there, unless it is told not to."""
+    own = ["notmpcopyup"] if place.is_podman else []
+    return _mount("type=tmpfs", f"target={directory}", "tmpfs-size=4096", *own)
 
 
 def _mount(*fields: str) -> str:

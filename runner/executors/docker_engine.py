@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import os
@@ -59,15 +60,15 @@ class Answer:
         lines = [line.strip() for line in self.text.splitlines() if line.strip()]
         return "\n".join(lines[-TAIL_LINES:]) or str(self.ended)
 
-    def parsed(self) -> Any:
-        """The JSON value it said on a line of its own, among warnings. None: there is none."""
-        for line in reversed(self.text.splitlines()):
-            if line.startswith(("{", "[")):
-                try:
-                    return json.loads(line)
-                except ValueError:
-                    continue
-        return None
+    def parsed(self) -> dict[str, Any]:
+        """The JSON object it said, among warnings; of a list, which is what podman makes of some, the first. Empty: none."""
+        for start in re.finditer(r"^[\[{]", self.text, re.MULTILINE):
+            with contextlib.suppress(ValueError):
+                value, _ = json.JSONDecoder().raw_decode(self.text, start.start())
+                value = value[0] if isinstance(value, list) and value else value
+                if isinstance(value, dict):
+                    return value
+        return {}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

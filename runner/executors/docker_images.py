@@ -124,8 +124,8 @@ class Images:
 
     async def _inspect(self, name: str) -> EngineImage | None:
         answer = await self._engine.ask("image", "inspect", "--format", "{{json .}}", name)
-        said = answer.parsed() if answer.ok else None
-        if not isinstance(said, dict):
+        said = answer.parsed() if answer.ok else {}
+        if "Id" not in said:
             return None
         config: dict[str, Any] = said.get("Config") or {}
         variables = dict(str(each).partition("=")[::2] for each in config.get("Env") or ())

@@ -125,6 +125,8 @@ async def test_podman_takes_other_flags_for_a_few_things(place, monkeypatch):
         monkeypatch.setattr(os, "getegid", lambda: 0)
         prepared = await place.prepared(place.spec(limits=limits), place.executor(podman))
         assert [each for each in prepared.argv if each.startswith("--user")] == owner
+        (hidden,) = (each for each in prepared.argv if "tmpfs" in each)
+        assert hidden.endswith(",notmpcopyup")
         assert [each for each in prepared.argv if "GPU" in each] == [
             "--device=nvidia.com/gpu=GPU-1",
             "--device=nvidia.com/gpu=GPU-2",
