@@ -102,6 +102,17 @@ class Environments:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Containers:
+    """How experiments that bring a Docker image are run."""
+
+    engine: str = (
+        "auto"  #: "auto": docker, else podman, of the PATH; "off": none; else a program's name or path
+    )
+    network: str = ""  #: of the engine's networks; empty: its default
+    pull: str = "missing"  #: "missing" | "always" | "never"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class S3:
     """TLS material for S3 endpoints, and what may be borrowed for them."""
 
@@ -161,6 +172,7 @@ class Config:
     machine: Machine
     cache: ArtifactCache
     environments: Environments
+    containers: Containers
     s3: S3
     http: Http
     logs: Logs
@@ -258,6 +270,11 @@ class _Builder:
                 fallback=value["python-fallback"],
                 shared=bool(value["run-as"]),
             ),
+            containers=Containers(
+                engine=self._engine(),
+                network=value["container-network"] or "",
+                pull=value["container-pull"],
+            ),
             s3=self._s3(),
             http=Http(host=host, port=port, token=value["http-token"]),
             logs=self._logs(),
@@ -320,6 +337,11 @@ class _Builder:
                 "a cache needs a size: give --cache-size=10gb (CACHE_SIZE) as well"
             )
         return ArtifactCache(directory=directory, size_bytes=size, temporary=self._values["cache-create"])
+
+    def _engine(self) -> str:
+        """A path is taken from `cwd`, as every other; a name is looked up on the PATH."""
+        engine: str = self._values["container-engine"]
+        return str(self._cwd / engine) if "/" in engine else engine
 
     def _s3(self) -> S3:
         cert, key = self._path("s3-cert"), self._path("s3-key")

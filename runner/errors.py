@@ -20,7 +20,8 @@
     ├── NoCapacity                REQUEUE  not an attempt: not now
     └── NotForThisHost            REQUEUE  not an attempt: another host may; retried rarely
         ├── NeverFits                      asks for more than this machine has
-        └── NoKey                          encrypted for a key that is not installed here
+        ├── NoKey                          encrypted for a key that is not installed here
+        └── NoEngine                       wants a container, and there is no engine (or image) for it here
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ class Reason(enum.StrEnum):
     CAPACITY = "capacity"  #: the machine is full
     NEVER_FITS = "never-fits"  #: it asks for more than this machine has
     NO_KEY = "no-key"  #: it is encrypted for a key that is not installed here
+    NO_ENGINE = "no-engine"  #: it wants a container that this host cannot give
     ATTEMPTS = "attempts"  #: its attempts are used up
     RUNNER = "runner"  #: the runner itself failed
 
@@ -199,3 +201,9 @@ class NoKey(NotForThisHost):
     """It is encrypted for a key that is not installed here."""
 
     reason = Reason.NO_KEY
+
+
+class NoEngine(NotForThisHost):
+    """It wants a container, and this host has no engine for it, or not the image and may not fetch it."""
+
+    reason = Reason.NO_ENGINE

@@ -179,6 +179,20 @@ def _choice(*words: str, also: dict[str, str] | None = None) -> Kind:
     return Kind(metavar="|".join(words), parse=parse, example=words[-1])
 
 
+def _engine(text: str) -> str:
+    word = text.strip()
+    if not word or word.startswith("-"):
+        raise ValueError("not auto, off, or a program")
+    return word
+
+
+def _network(text: str) -> str:
+    word = text.strip()
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.:-]*", word, re.ASCII):
+        raise ValueError("not the name of a network")
+    return word
+
+
 TEXT = Kind(metavar="TEXT", parse=str, example="text")
 PATH = Kind(metavar="PATH", parse=str, example="/var/lib/studio-runner")
 FLAG = Kind(metavar="BOOL", parse=_flag, example="true")
@@ -197,6 +211,9 @@ USER = Kind(metavar="USER", parse=_user, example="nobody")
 LEVEL = _choice("debug", "info", "warning", "error", also={"warn": "warning"})
 FORMAT = _choice("auto", "console", "json")
 SCHEMA = _choice("1.0", "0.14")
+ENGINE = Kind(metavar="auto|off|PROGRAM", parse=_engine, example="/usr/bin/podman")
+NETWORK = Kind(metavar="NETWORK", parse=_network, example="none")
+PULL = _choice("missing", "always", "never")
 
 
 def _group(group: str, *rows: Option) -> tuple[Option, ...]:
@@ -340,6 +357,20 @@ OPTIONS: tuple[Option, ...] = (
             example="nobody",
         ),
         _o("python-fallback", FLAG, "false", "take the nearest interpreter when the wanted one is missing"),
+        _o(
+            "container-engine",
+            ENGINE,
+            "auto",
+            "what runs experiments that bring a Docker image; auto: docker or podman, if there is one",
+        ),
+        _o(
+            "container-network",
+            NETWORK,
+            "",
+            "network of their containers",
+            default_text="the engine's",
+        ),
+        _o("container-pull", PULL, "missing", "when images are fetched from their registries"),
         _o("retries", COUNT, "0", "how often to repeat a workload that fails by itself", example="2"),
         _o("metadata-schema", SCHEMA, "1.0", "layout of the scraped document", example="0.14"),
         _o("metadata-store", STORE, "", "a storage location that gets a manifest of each attempt"),

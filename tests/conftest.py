@@ -15,6 +15,7 @@ with contextlib.suppress(ValueError):  # not in the main thread
 
 pytest_plugins = [
     "tests.servers.daemon",
+    "tests.servers.docker",
     "tests.servers.faulty_http",
     "tests.servers.rabbitmq",
     "tests.servers.pubsub",

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from runner.credentials.accounts import Account, Pubsub, QueueDirectory, Rabbitmq, Sqs
 from runner.credentials.watch import Watch
 from runner.daemon.service import Parts
+from runner.executors.docker import DockerExecutor
+from runner.executors.registry import Executors
 from runner.executors.venv import VenvExecutor
 from runner.storage.cache import ArtifactCache
 from runner.storage.registry import Stores
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from typing import Literal
 
     from runner.config import Config
+    from runner.process.spawner import Spawner
     from runner.queues.base import QueueBackend
     from runner.telemetry.metrics import Metrics
 
@@ -32,7 +35,7 @@ def parts(config: Config) -> Parts:
         backends=[backend(config, account) for account in named(config)],
         watches=[Watch(path, prefix) for path, prefix in config.queues.certs],
         backend=functools.partial(backend, config),
-        executor=lambda spawner: VenvExecutor(config.environments, spawner),
+        executor=functools.partial(_executors, config),
         stores=Stores(config.s3),
         cache=lambda metrics: _cache(config, metrics),
     )
@@ -101,6 +104,14 @@ def _sqs(config: Config, account: Sqs) -> QueueBackend:
         SqsAccount(label=account.label, region=account.region, profile=profile, ambient=profile is None),
         keep=config.paths.state_dir / "sqs",
         timing=SqsTiming(call_secs=config.queues.sqs_timeout_secs),
+    )
+
+
+def _executors(config: Config, spawner: Spawner) -> Executors:
+    return Executors(
+        venv=VenvExecutor(config.environments, spawner),
+        docker=DockerExecutor(config.containers, config.paths.state_dir, spawner),
+        singularity=None,
     )
 
 

@@ -157,6 +157,7 @@ class Admission:
             if self._runs.exhausted:  # by another queue, meanwhile
                 await self._put_back(delivery)
                 return
+            self._runs.check(request)
             await self._gpus.refresh(request.resources)
             allocation = self._allocator.allocate(request.resources, state.ledger_key, instead_of=room)
             self._start(state, delivery, request, allocation)
@@ -206,7 +207,7 @@ class Admission:
         if state.left != delivery.digest:  # said once for each message, while it is the one that comes
             state.left = delivery.digest
             log.warning("left to other hosts", queue=str(state.ref), why=str(exc), retry_secs=round(wait))
-        await self._put_back(delivery, wait)
+        await self._put_back(delivery)  # at once: other hosts are to have it
 
     # -- parked
 

@@ -166,6 +166,10 @@ class Runs:
                 self._states.save(twin.state)
         self._ledger.published_anew(queue.ledger_key, digest)
 
+    def check(self, request: Request) -> None:
+        """Raises errors.NoEngine when it wants a container that this host cannot give."""
+        self._tools.executor.check(request.container.engine if request.container is not None else None)
+
     def start(self, queue: QueueState, delivery: Delivery, request: Request, allocation: Allocation) -> None:
         """Run it, in a task of its own that ends the delivery. The attempt is counted before anything else happens.
 

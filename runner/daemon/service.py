@@ -232,6 +232,7 @@ class Service:
                     "disk": disk.run(),
                     "existence": dispatcher.watch_existence(),
                     "interrupted": left.run(),
+                    "leftovers": tools.executor.reap(),
                     "limits": self._limits(runs),
                     "sampler": tools.sampler.run(),
                     "watchdog": self._notifier.watchdog(),

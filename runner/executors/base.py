@@ -69,6 +69,8 @@ class Prepared:
     #: Run by the run's supervisor when the program has ended, also when the daemon is gone: it ends what the program has
     #: started outside of its own processes (a container). An argument list; empty: there is nothing of that kind.
     cleanup: tuple[str, ...] = ()
+    #: The program is the client of an engine, which confines what it runs: it needs the daemon's user, also with --run-as.
+    as_daemon: bool = False
     #: Where the program is only a client of what really ran: what became of that, asked once, when the program has ended.
     verdict: Callable[[ProcessExit], Awaitable[ProcessExit]] | None = None
 
@@ -82,7 +84,16 @@ class Executor(abc.ABC):
 
         What a builder prints is appended to `log`. Cancelling it ends what it has started. Raises
         `errors.UnsupportedRequest` (no such interpreter), `errors.EnvironmentFailed` (cannot be built),
-        `errors.Unreachable` (the package index does not answer).
+        `errors.Unreachable` (the package index does not answer), `errors.NoEngine` (as `check`).
+        """
+
+    def check(self, engine: str | None) -> None:  # noqa: B027 - an executor of one kind has nothing to choose
+        """Raises `errors.NoEngine` when this host runs nothing in images of that engine (`Image.engine`). Cheap; None: on the host."""
+
+    async def reap(self) -> None:  # noqa: B027 - most leave nothing
+        """Remove what runs of an earlier daemon left outside of their processes. Called once, beside the first runs.
+
+        Limited in time; never raises but for cancellation: what cannot be removed is told in the log.
         """
 
     async def make_room(self, bytes_needed: int) -> int:

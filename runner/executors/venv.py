@@ -7,8 +7,7 @@ import contextlib
 import os
 from typing import TYPE_CHECKING
 
-from runner import errors
-from runner.executors import layout, requirements
+from runner.executors import layout, program, requirements
 from runner.executors.base import Executor, Prepared
 from runner.executors.envcache import EnvironmentCache
 from runner.executors.interpreters import Interpreters
@@ -37,7 +36,7 @@ class VenvExecutor(Executor):
     @contextlib.asynccontextmanager
     async def prepare(self, spec: RunSpec, log: Path) -> AsyncIterator[Prepared]:
         """See `Executor.prepare`. Makes `<run_dir>/env`, which goes with the run's directory."""
-        program = _program(spec)
+        arguments = program.arguments(spec)
         choice = await self.interpreters.choose(spec.python, fallback=self._fallback)
         wanted = await asyncio.to_thread(
             requirements.normalise,
@@ -50,7 +49,7 @@ class VenvExecutor(Executor):
             thin = spec.run_dir / "env"
             await asyncio.to_thread(layout.create_thin, thin, lease.base)
             yield Prepared(
-                argv=(str(thin / "bin" / "python"), *program),
+                argv=(str(thin / "bin" / "python"), *arguments),
                 env=_activated(spec.env, thin),
                 facts={
                     "python": str(choice.interpreter),
@@ -69,23 +68,6 @@ class VenvExecutor(Executor):
     async def make_room(self, bytes_needed: int) -> int:
         """See `Executor.make_room`: environments that no run uses."""
         return await self.cache.evict(bytes_needed)
-
-
-def _program(spec: RunSpec) -> tuple[str, ...]:
-    """What follows `python`. A script that is missing is left to Python to report; one outside is refused."""
-    if spec.filename is None:
-        raise errors.UnsupportedRequest("the message names no program, and no container image that has one")
-    if any("\0" in part for part in (spec.filename, *spec.args)):
-        raise errors.UnsupportedRequest("the command line of the experiment holds a NUL character")
-    if spec.filename == "-m":
-        if not spec.args:
-            raise errors.UnsupportedRequest("filename is '-m', but args names no module")
-        return ("-m", *spec.args)
-    inside = os.path.relpath(os.path.normpath(spec.workspace / spec.filename), spec.workspace)
-    if inside in {".", ".."} or inside.startswith("../"):
-        raise errors.UnsupportedRequest(f"filename '{spec.filename}' is not below the workspace")
-    # Python takes a leading "-" for an option.
-    return (f"./{inside}" if inside.startswith("-") else inside, *spec.args)
 
 
 def _activated(env: Mapping[str, str], thin: Path) -> dict[str, str]:

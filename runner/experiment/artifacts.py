@@ -66,7 +66,10 @@ class Artifacts:
             errors.Refused: an address that cannot be understood.
         """
         config = self._tools.config
+        image = self._request.container
         for artifact in self._request.artifacts:
+            if image is not None and image.reference and artifact.tag == image.tag:
+                continue  # the engine fetches it
             if not (artifact.qualified or artifact.url or artifact.key):
                 log.warning("artifact has no address, ignored", artifact=artifact.tag)
                 continue

@@ -20,6 +20,14 @@ _ALLOWED = re.compile(
     r"(HTTPS?|FTP|NO|ALL)_PROXY|(https?|ftp|no|all)_proxy"
 )
 #: `scheme://user:password@host`: the operator's, not the workload's.
+#: What may pass into a container: nothing that names a file or a user of this machine.
+_ALLOWED_INSIDE = re.compile(
+    r"TZ|TERM|LANG|LANGUAGE|CUDA_DEVICE_MAX_CONNECTIONS|NCCL_\w+|TF_\w+|XLA_\w+|KMP_\w+|"
+    r"PIP_(INDEX_URL|EXTRA_INDEX_URL|DEFAULT_TIMEOUT|DISABLE_PIP_VERSION_CHECK)|"
+    r"(HTTPS?|FTP|NO|ALL)_PROXY|(https?|ftp|no|all)_proxy"
+)
+#: What `%PATH%` stands for where the image has a PATH of its own: what engines give to images that say nothing.
+_PATH_INSIDE = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _USERINFO = re.compile(r"(?<=://)[^/@\s]*@")
 _PERCENT = re.compile(r"%([A-Za-z_][A-Za-z0-9_]*)%")
 _DOLLAR = re.compile(r"\$(?:\{([A-Za-z_][A-Za-z0-9_]*)\}|([A-Za-z_][A-Za-z0-9_]*))")
@@ -37,9 +45,12 @@ def workload(
     `gpus`: the UUIDs of the cards that it was given; it sees no others.
 
     `%NAME%`, `$NAME` and `${NAME}` in a value of `config.env` stand for a variable of the environment built so far;
-    unknown names stay as they are. `config.env` wins over all but what makes the directory layout work, and the cards.
+    unknown names stay as they are. `config.env` wins over all but what makes the directory layout work, and the cards. In a
+    container PATH and the like are the image's, HOME is the run's directory, and the locale is one that every image has.
     """
-    env = {name: _USERINFO.sub("", value) for name, value in own.items() if _allowed(name)}
+    inside = request.container is not None
+    allowed = _allowed_inside if inside else _allowed
+    env = {name: _USERINFO.sub("", value) for name, value in own.items() if allowed(name)}
     threads = str(max(1, granted.cpus))
     env.update(
         {
@@ -52,10 +63,13 @@ def workload(
             "OPENBLAS_NUM_THREADS": threads,
         }
     )
-    env.setdefault("PATH", "/usr/local/bin:/usr/bin:/bin")
+    if inside:
+        env |= {"LC_ALL": "C.UTF-8", "HOME": str(workspace.root)}
+    else:
+        env.setdefault("PATH", "/usr/local/bin:/usr/bin:/bin")
     if granted.cpus > 1:
         env["OPENMP"] = "True"
-    known = dict(env)
+    known = {"PATH": _PATH_INSIDE} | env
     env.update({name: _expand(value, known) for name, value in request.env.items()})
     env.update(
         {
@@ -74,6 +88,11 @@ def workload(
 @functools.cache
 def _allowed(name: str) -> bool:
     return _ALLOWED.fullmatch(name) is not None
+
+
+@functools.cache
+def _allowed_inside(name: str) -> bool:
+    return _ALLOWED_INSIDE.fullmatch(name) is not None
 
 
 def _expand(value: str, known: Mapping[str, str]) -> str:

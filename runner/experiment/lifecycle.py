@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from runner import errors
-from runner.executors.base import Limits, RunSpec
+from runner.executors.base import Image, Limits, RunSpec
 from runner.experiment import environ, runas
 from runner.experiment.artifacts import Artifacts
 from runner.experiment.cancel import Cancellation
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from runner.experiment.workspace import Workspace
     from runner.process.base import ProcessExit
     from runner.process.spawner import Process
-    from runner.request.model import Request, Resources
+    from runner.request.model import Container, Request, Resources
     from runner.resources.gpupool import Grant
 
 log = structlog.get_logger(__name__)
@@ -230,6 +230,7 @@ class Experiment:
             requirements=self.request.requirements,
             extra_requirements=self.request.extra_requirements,
             gpus=bool(self.gpus),
+            image=_image(self.request.container, self.workspace),
             limits=_limits(self._granted, self._uuids),
         )
         async with self._tools.executor.prepare(spec, self.workspace.builder_log) as prepared:
@@ -275,7 +276,7 @@ class Experiment:
                 )
             except OSError as exc:
                 log.warning("no control group can be made; what the run uses is measured", error=str(exc))
-        env, user = prepared.env, self._tools.user
+        env, user = prepared.env, None if prepared.as_daemon else self._tools.user
         try:
             if user is not None:
                 user = await asyncio.to_thread(runas.hand_over, self.workspace, user)
@@ -442,6 +443,20 @@ def _limits(granted: Resources | None, gpus: tuple[str, ...]) -> Limits:
     if granted is None:
         return Limits()
     return Limits(cpus=granted.cpus, ram_bytes=granted.ram_bytes, hdd_bytes=granted.hdd_bytes, gpus=gpus)
+
+
+def _image(container: Container | None, workspace: Workspace) -> Image | None:
+    """Raises errors.UnsupportedRequest when what was staged for it is not one file."""
+    if container is None:
+        return None
+    if container.reference:
+        return Image(engine=container.engine, reference=container.reference)
+    staged = list(workspace.artifact(container.tag).iterdir())
+    if len(staged) != 1 or not staged[0].is_file() or staged[0].is_symlink():
+        raise errors.UnsupportedRequest(
+            f"the artifact {container.tag} is not the one file of an image: send it with unpack false"
+        )
+    return Image(engine=container.engine, file=staged[0])
 
 
 def _closing_line(workspace: Workspace, line: str) -> None:

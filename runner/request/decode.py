@@ -7,7 +7,7 @@ import shlex
 from typing import TYPE_CHECKING, Any
 
 from runner import errors
-from runner.request import credentials, document, envelope, wire
+from runner.request import container, credentials, document, envelope, wire
 from runner.request.model import Artifact, Endpoint, Request, Resources
 
 if TYPE_CHECKING:
@@ -49,7 +49,14 @@ def _request(top: wire.Message, *, raw: dict[str, Any], notes: Notes) -> Request
     experiment = wire.Experiment.read(top.experiment, notes.at("experiment"))
     config = wire.Config.read(top.config, notes.at("config"))
     artifacts = _artifacts(experiment.artifacts, notes.at("experiment.artifacts"))
-    _check_program(experiment, artifacts)
+    image = wire.Container.read(config.container, notes.at("config.container")).image
+    _no_nul(image, "config.container.image")
+    wanted, artifacts = container.choose(artifacts, image, notes.at("config"))
+    _no_nul(experiment.filename, "experiment.filename")
+    if not experiment.filename and wanted is None:
+        raise errors.UnsupportedRequest(
+            "there is nothing to run: experiment.filename is empty, and no container image is named that has a program"
+        )
     requirements = _lines(experiment.pythonenv, "experiment.pythonenv")
     return Request(
         key=_key(experiment.key),
@@ -62,6 +69,7 @@ def _request(top: wire.Message, *, raw: dict[str, Any], notes: Notes) -> Request
         env=_env(config.env or {}, notes.at("config.env")),
         resources=_resources(experiment, config, notes),
         artifacts=artifacts,
+        container=wanted,
         storage=_endpoint(config.storage, notes.at("config.storage")),
         database=_endpoint(config.database, notes.at("config.database")),
         time_added=experiment.time_added if (experiment.time_added or 0) > _EARLIEST_TIME else None,
@@ -73,14 +81,6 @@ def _request(top: wire.Message, *, raw: dict[str, Any], notes: Notes) -> Request
         warnings=tuple(notes.lines[:_MAX_WARNINGS]),
         raw=raw,
     )
-
-
-def _check_program(experiment: wire.Experiment, artifacts: tuple[Artifact, ...]) -> None:
-    if not experiment.filename and not any(artifact.tag == "_singularity" for artifact in artifacts):
-        raise errors.UnsupportedRequest(
-            "there is nothing to run: experiment.filename is empty and there is no _singularity artifact"
-        )
-    _no_nul(experiment.filename, "experiment.filename")
 
 
 def _key(key: str | None) -> str:

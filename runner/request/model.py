@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -61,6 +61,17 @@ class Endpoint:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Container:
+    """The container image that the program wants to run in (INTEROP.md 3.8)."""
+
+    engine: Literal["docker", "singularity"]
+    reference: str = (
+        ""  #: for the engine to fetch, as the message has it; empty: the file of the artifact `tag`
+    )
+    tag: str = ""  #: the artifact that names it; empty: `config.container.image`
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
     """One experiment, as asked for. Everything coerced, nothing looked up."""
 
@@ -76,6 +87,7 @@ class Request:
     )  #: `config.env`, scalars as text, nulls dropped
     resources: Resources = dataclasses.field(default_factory=Resources)
     artifacts: tuple[Artifact, ...] = ()
+    container: Container | None = None  #: None: on the host
     storage: Endpoint | None = None
     database: Endpoint | None = None
     time_added: float | None = None  #: unix seconds

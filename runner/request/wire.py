@@ -190,7 +190,14 @@ class Config(Wire):
     experimentLifetime: Secs = None
     env: Object = None
     pip: Texts = None
+    container: Any = None
     resources_needed: Any = None
+
+
+class Container(Wire):
+    """`config.container`."""
+
+    image: Text = None
 
 
 class Resources(Wire):

@@ -13,7 +13,7 @@ import tarfile
 import time
 from typing import TYPE_CHECKING, Any
 
-from runner import config
+from runner import config, errors
 from runner.daemon.service import Parts, Service
 from runner.daemon.stop import Stop
 from runner.executors.base import Executor, Prepared, RunSpec
@@ -34,6 +34,10 @@ class ThisPython(Executor):
     @contextlib.asynccontextmanager
     async def prepare(self, spec: RunSpec, log: Path) -> AsyncIterator[Prepared]:
         yield Prepared(argv=(sys.executable, spec.filename or "", *spec.args), env=spec.env)
+
+    def check(self, engine: str | None) -> None:
+        if engine is not None:
+            raise errors.NoEngine(f"it wants a {engine} image")
 
 
 class Daemon:
@@ -167,6 +171,7 @@ def configuration(root: Path) -> config.Config:
         machine=config.Machine(max_cores=min(2, os.cpu_count() or 1)),
         cache=config.ArtifactCache(),
         environments=config.Environments(cache_dir=work / "environments"),
+        containers=config.Containers(),
         s3=config.S3(),
         http=config.Http(host="127.0.0.1", port=0),
         logs=config.Logs(),

@@ -40,7 +40,7 @@ def came_back(it, queue="rmq_a"):
     [
         (b'{"message": {"payload": "QUFB,QUFB"}}', "malformed"),
         (
-            b'{"experiment": {"key": "k", "artifacts": {"_singularity": {"qualified": "shub://x/y"}}}}',
+            b'{"experiment": {"key": "k", "artifacts": {"_singularity": {}}}}',
             "unsupported",
         ),
         (b'{"experiment": {"key": "k", "filename": "x.py", "artifacts": {"../x": {}}}}', "unsupported"),
@@ -54,10 +54,17 @@ async def test_what_can_never_run_is_dead_lettered_at_once(tmp_path, body, reaso
         assert [(each["reason"], each["attempts"]) for each in it.dead()] in ([(reason, 0)], [(reason, 1)])
 
 
-async def test_an_encrypted_message_without_a_key_is_left_to_other_hosts(tmp_path):
-    payload = "QUFB" * 60 + "," + "QUFB" * 60
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"message": {"payload": "QUFB" * 60 + "," + "QUFB" * 60}},
+        {"experiment": {"key": "k", "artifacts": {"_singularity": {"qualified": "shub://x/y"}}}},
+        {"experiment": {"key": "k", "filename": "x.py"}, "config": {"container": {"image": "a:1"}}},
+    ],
+)
+async def test_what_wants_a_key_or_an_engine_that_is_not_here_is_left_to_other_hosts(tmp_path, body):
     async with daemon(tmp_path) as it:
-        await publish(it, json.dumps({"message": {"payload": payload}}).encode())
+        await publish(it, json.dumps(body).encode())
         await it.until(lambda: came_back(it))
         assert not it.dead()
         (timer,) = it.queue._delayed

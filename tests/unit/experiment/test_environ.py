@@ -6,7 +6,7 @@ import pytest
 
 from runner.experiment import environ
 from runner.experiment.workspace import Workspace
-from runner.request.model import Request, Resources
+from runner.request.model import Container, Request, Resources
 
 OWN = {
     "PATH": "/opt/tools:/usr/bin",
@@ -40,6 +40,21 @@ def test_percent_and_dollar_names_stand_for_the_runners_variables_and_unknown_on
     assert env["PATH"] == "/opt/tools:/usr/bin:./bin"
     assert env["A"] == "/home/runner/x /home/runner %NOPE% $NOPE"
     assert env["B"] == "%AWS_SECRET_ACCESS_KEY%"
+
+
+def test_in_a_container_the_files_and_the_user_of_this_machine_are_unknown():
+    request = Request(
+        key="k",
+        env={"OWN": "%PATH%:./bin", "LANGUAGE": "de"},
+        container=Container(engine="docker", reference="a"),
+    )
+    own = OWN | {"LD_LIBRARY_PATH": "/opt/cuda", "USER": "me", "TZ": "Europe/Berlin"}
+    env = environ.workload(request, Workspace(root=Path("/runs/abc.0")), Resources(cpus=2), own)
+    assert {"PATH", "LD_LIBRARY_PATH", "USER"}.isdisjoint(env)
+    assert env["OWN"].startswith("/usr/local/sbin:")
+    assert (env["HOME"], env["LC_ALL"], env["TZ"]) == ("/runs/abc.0", "C.UTF-8", "Europe/Berlin")
+    assert env["HTTPS_PROXY"] == "http://proxy:3128"
+    assert "canary" not in repr(env)
 
 
 def test_values_are_never_shell_text():

@@ -1,0 +1,56 @@
+"""The choice among executors: by what the run is to run in, and by what this host has."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import TYPE_CHECKING
+
+from runner import errors
+from runner.executors.base import Executor
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+    from runner.executors.base import Prepared, RunSpec
+
+#: What an operator has to do to get what is not there.
+_TO_DO = {
+    "docker": "install docker or podman, or name one with --container-engine",
+    "singularity": "this runner has no Singularity executor yet",
+}
+
+
+class Executors(Executor):
+    """Hands each run to the executor of its image's engine; None stands for one that this host does not have."""
+
+    def __init__(self, *, venv: Executor, docker: Executor | None, singularity: Executor | None) -> None:
+        self._venv = venv
+        self._containers = {"docker": docker, "singularity": singularity}
+
+    @contextlib.asynccontextmanager
+    async def prepare(self, spec: RunSpec, log: Path) -> AsyncIterator[Prepared]:
+        """See `Executor.prepare`."""
+        executor = self._executor(spec.image.engine if spec.image is not None else None)
+        async with executor.prepare(spec, log) as prepared:
+            yield prepared
+
+    def check(self, engine: str | None) -> None:
+        """See `Executor.check`."""
+        self._executor(engine).check(engine)
+
+    async def reap(self) -> None:
+        """See `Executor.reap`."""
+        present = [executor for executor in (self._venv, *self._containers.values()) if executor is not None]
+        await asyncio.gather(*(executor.reap() for executor in present))
+
+    def _executor(self, engine: str | None) -> Executor:
+        if engine is None:
+            return self._venv
+        executor = self._containers.get(engine)
+        if executor is None:
+            raise errors.NoEngine(
+                f"it wants a {engine} image, and no such engine is enabled on this host: {_TO_DO[engine]}"
+            )
+        return executor

@@ -1,0 +1,154 @@
+"""Experiments in containers, from queue to stored results, on a real engine."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.e2e import messages
+from tests.servers.docker import GREETER, PYTHON
+
+if TYPE_CHECKING:
+    import pathlib
+
+    from tests.servers.daemon import Daemon, MakeDaemon
+    from tests.servers.docker import DockerServer
+
+pytestmark = pytest.mark.slow
+QUEUE = "local_a"
+
+
+def put(daemon: Daemon, body: bytes, name: str = "m1") -> None:
+    (daemon.queue_root / QUEUE).mkdir(exist_ok=True)
+    hidden = daemon.queue_root / QUEUE / f".{name}"
+    hidden.write_bytes(body)
+    hidden.rename(hidden.with_name(name))
+
+
+def serving(daemons: MakeDaemon, docker: DockerServer) -> Daemon:
+    # The engine of the tests has no networks.
+    return daemons("--container-network=none", env=docker.env)
+
+
+def body(daemon: Daemon, script: str, key: str, image: str = PYTHON, **experiment: Any) -> bytes:
+    settings = {"container": {"image": image}}
+    return messages.on_directory(
+        daemon.storage, script, key, **({"config": settings, "pythonver": None} | experiment)
+    )
+
+
+def ended(daemon: Daemon, key: str) -> dict[str, Any]:
+    """The last of that experiment, once its message is settled."""
+    settled = daemon.until(
+        lambda: [run for run in daemon.runs() if run["experiment"] == key and "fate" in run]
+    )
+    return settled[-1]
+
+
+def printed(storage: pathlib.Path, key: str) -> str:
+    with tarfile.open(storage / "experiments" / key / "output.tar") as archive:
+        member = archive.extractfile("output")
+        assert member is not None
+        return member.read().decode()
+
+
+def test_from_the_queue_to_stored_results(daemons: MakeDaemon, docker: DockerServer):
+    daemon = serving(daemons, docker)
+    script = """
+import json, os
+home = os.environ["STUDIOML_HOME"] + "/experiments/" + os.environ["STUDIOML_EXPERIMENT"]
+open(home + "/modeldir/model", "w").write("trained")
+print(json.dumps({"experiment": {"score": 7}}))
+raise SystemExit(4)
+"""
+    put(daemon, body(daemon, script, "k1"))
+    run = ended(daemon, "k1")
+    assert (run["status"], run["reason"], run["exit_code"]) == ("failed", "exit", 4)
+    assert printed(daemon.storage, "k1") == '{"experiment": {"score": 7}}\n'
+    with tarfile.open(daemon.storage / "experiments/k1/modeldir.tar") as archive:
+        assert [name.removeprefix("./") for name in archive.getnames()] == [".", "model"]
+    (document,) = (
+        json.loads(path.read_text()) for path in daemon.storage.glob("metadata/scrape-host-*.json")
+    )
+    assert document["experiment"]["score"] == 7
+    assert document["runner"]["environment"]["image"] == PYTHON
+    assert docker.containers() == []
+    # An image's own program; and one whose name is none.
+    put(daemon, body(daemon, "", "k2", image=GREETER, filename=None, args=["you"]), "m2")
+    assert ended(daemon, "k2")["status"] == "completed"
+    assert printed(daemon.storage, "k2").startswith("hello from the image\ngiven: you\n")
+    put(daemon, body(daemon, "", "k3", image="-v /:/host"), "m3")
+    assert "is not the name of a container image" in ended(daemon, "k3")["text"]
+    daemon.until(lambda: len(daemon.dead_letters()) == 1)
+    assert daemon.stop() == 0
+    assert not list((daemon.working_dir / "runs").iterdir())
+
+
+def test_a_run_whose_time_is_over_ends_with_its_container(daemons: MakeDaemon, docker: DockerServer):
+    daemon = serving(daemons, docker)
+    script = """
+import signal, sys, time
+def end(*_):
+    print("saved", flush=True)
+    sys.exit(0)
+signal.signal(signal.SIGTERM, end)
+print("begun", flush=True)
+time.sleep(600)
+"""
+    put(daemon, body(daemon, script, "k", max_duration="6s"))
+    run = ended(daemon, "k")
+    assert (run["status"], run["reason"]) == ("failed", "timeout")
+    # Where the machine was so slow that it had not begun, there was nothing to be saved.
+    said = printed(daemon.storage, "k")
+    assert "saved" in said or "begun" not in said
+    assert docker.containers() == []
+
+
+def test_a_deleted_queue_ends_its_containers_also_those_that_ignore_it(
+    daemons: MakeDaemon, docker: DockerServer
+):
+    daemon = serving(daemons, docker)
+    script = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('begun', flush=True); time.sleep(600)"
+    put(daemon, body(daemon, script, "k"))
+    daemon.until(
+        lambda: any(
+            path.read_text() for path in daemon.working_dir.glob("runs/*/experiments/*/output/output")
+        )
+    )
+    assert len(docker.containers()) == 1
+    for path in sorted((daemon.queue_root / QUEUE).iterdir()):
+        path.unlink()
+    (daemon.queue_root / QUEUE).rmdir()
+    run = ended(daemon, "k")
+    assert (run["status"], run["reason"]) == ("stopped", "queue-deleted")
+    assert docker.containers() == []
+
+
+def test_a_killed_daemon_leaves_no_container_behind_its_next_start(
+    daemons: MakeDaemon, docker: DockerServer, tmp_path: pathlib.Path
+):
+    daemon = serving(daemons, docker)
+    script = """
+import os, time
+first = not os.path.exists("../modeldir/model")
+print("begun", flush=True)
+open("../modeldir/model", "w").write("x")
+while first:
+    time.sleep(0.05)
+"""
+    put(
+        daemon,
+        body(daemon, script, "k", config={"saveWorkspaceFrequency": "10s", "container": {"image": PYTHON}}),
+    )
+    (first,) = daemon.until(docker.containers)
+    daemon.until((daemon.storage / "experiments/k/modeldir.tar").exists)  # the second attempt will have it
+    daemon.kill()
+    daemon.start()
+    run = ended(daemon, "k")
+    assert (run["status"], run["attempt"]) == ("completed", 2)  # the first was counted
+    assert first not in docker.containers()
+    daemon.until(lambda: not docker.containers())
+    assert daemon.stop() == 0
