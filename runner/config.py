@@ -100,6 +100,15 @@ class Environments:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Images:
+    """Which Singularity images are run, and where those from servers are kept."""
+
+    cache_dir: Path  #: default `<state-dir>/images`
+    cache_bytes: int = 20_000_000_000
+    allowed: tuple[str, ...] = ()  #: patterns as `--allow-image` has them
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class S3:
     """TLS material for S3 endpoints, and what may be borrowed for them."""
 
@@ -157,6 +166,7 @@ class Config:
     machine: Machine
     cache: ArtifactCache
     environments: Environments
+    images: Images
     s3: S3
     http: Http
     logs: Logs
@@ -250,6 +260,11 @@ class _Builder:
                 cache_dir=paths.state_dir / "environments",
                 cache_bytes=value["env-cache-size"],
                 fallback=value["python-fallback"],
+            ),
+            images=Images(
+                cache_dir=paths.state_dir / "images",
+                cache_bytes=value["image-cache-size"],
+                allowed=value["allow-image"],
             ),
             s3=self._s3(),
             http=Http(host=host, port=port, token=value["http-token"]),
