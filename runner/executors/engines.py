@@ -33,7 +33,7 @@ _OF_THE_RUN = re.compile(
 #: A builder's: no container is in reach of it. Credentials for registries (`APPTAINER_DOCKER_PASSWORD`) are among these.
 _OF_THE_BUILDER = re.compile(
     _OF_THE_RUN.pattern
-    + r"|(?i:https?|all|no)_proxy|SSL_CERT_(FILE|DIR)|XDG_\w+|DOCKER_CONFIG|REGISTRY_AUTH_FILE|"
+    + r"|(?i:(https?|all|no)_proxy)|SSL_CERT_(FILE|DIR)|XDG_\w+|DOCKER_CONFIG|REGISTRY_AUTH_FILE|"
     r"(APPTAINER|SINGULARITY)_(?!BIND|CACHEDIR|TMPDIR|LOCALCACHEDIR|PULLDIR)\w+"
 )
 # How the engines word it: Go's network errors, servers that say 5xx or "not now", and the hub that is no more.
@@ -43,10 +43,10 @@ _UNREACHABLE = re.compile(
     r"(status|response)[^\n]{0,40}\b(429|5\d\d)\b|\b5\d\d (Internal Server Error|Bad Gateway|Service Unavailable|Gateway)",
     re.IGNORECASE,
 )
+#: Nothing that a host with programs or rights missing could say as well: such a message is never tried again.
 _NO_SUCH_IMAGE = re.compile(
-    r"manifest unknown|name unknown|repository name not known|manifest invalid|not found|status 404|\b404\b|"
-    r"unauthorized|authentication required|access to the resource is denied|\bdenied:|does not exist|"
-    r"no image satisfies|not a container image|unsupported (image|media) ?type",
+    r"(manifest|name|blob) unknown|repository name not known|manifest[^\n]{0,80}not found|(status|response)[^\n]{0,40}\b404\b|"
+    r"image does not exist|image not found|no image satisfies",
     re.IGNORECASE,
 )
 _SIF_MAGIC = b"SIF_MAGIC\0"
@@ -111,8 +111,8 @@ class Builder:
     async def fetch(self, engine: Engine, reference: Reference, target: Path, log_file: Path) -> None:
         """Makes the SIF file `target`; everything that is written on the way lies in its directory. Cancel-safe.
 
-        Raises errors.Unreachable when the server does not answer, errors.UnsupportedRequest when it has no such image for
-        us, else errors.EnvironmentFailed.
+        Raises errors.Unreachable when the server does not answer, errors.UnsupportedRequest when it has no such image, else
+        errors.EnvironmentFailed: also where it may not be had, which can be for this host's credentials.
         """
         argv = (engine.path, "pull", "--disable-cache", "--force", str(target), str(reference))
         env = only(self._environ, builder=True) | scratch_variables(target.parent)

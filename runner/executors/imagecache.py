@@ -73,6 +73,7 @@ class ImageCache:
         self._flights = SingleFlight[Path]("fetch image")
         self._one = asyncio.Lock()
         self._evicting: asyncio.Task[None] | None = None
+        self._swept = False
 
     @contextlib.asynccontextmanager
     async def lease(self, reference: Reference, log_file: Path) -> AsyncIterator[Lease]:
@@ -125,10 +126,10 @@ class ImageCache:
 
     def _prepare(self) -> None:
         """Makes the directories; the first time of this daemon, removes what dead ones left half done."""
-        first = self._evicting is None
         for folder in (self._images, self._locks):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if first:
+        if not self._swept:
+            self._swept = True
             self._sweep()
 
     def _fresh(self, key: str, reference: Reference) -> Path | None:

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import os
 import re
+import shlex
 import signal
 from typing import TYPE_CHECKING
 
@@ -188,10 +189,11 @@ class _Container:
 
     def write_requirements(self, wanted: Requirements) -> None:
         """For pip; options of it may hold credentials. Blocks."""
+        # pip reads option lines as a shell would.
+        options = (option.split(" ", 1) for option in wanted.options)
+        lines = [f"{name} {shlex.quote(value)}" for name, value in options]
         self.requirements.touch(mode=0o600)
-        self.requirements.write_text(
-            "\n".join((*wanted.options, *(line.text for line in wanted.lines))) + "\n"
-        )
+        self.requirements.write_text("\n".join((*lines, *(line.text for line in wanted.lines))) + "\n")
 
     def argv(self, words: tuple[str, ...]) -> tuple[str, ...]:
         """The engine's command line for `words` in the image."""

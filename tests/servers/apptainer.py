@@ -46,6 +46,7 @@ PACKAGES = (
 )
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 LIMIT_SECS = 300
+_BEGAN = time.time()
 _APPLETS = (
     "sh",
     "ls",
@@ -136,10 +137,7 @@ def apptainer(tmp_path_factory: pytest.TempPathFactory) -> Apptainer:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Which of the two it was, also where the tests ran in other processes."""
-    began = getattr(terminalreporter, "_sessionstarttime", None) or getattr(
-        getattr(terminalreporter, "_session_start", None), "time", time.time()
-    )
-    if SAID.exists() and SAID.stat().st_mtime >= began:
+    if SAID.exists() and SAID.stat().st_mtime >= _BEGAN:
         terminalreporter.write_line(SAID.read_text())
 
 
@@ -178,6 +176,7 @@ def python_root(root: pathlib.Path, *, pip: bool = True) -> pathlib.Path:
         [wheel] = (base / "lib" / minor / "ensurepip" / "_bundled").glob("pip-*.whl")
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(site)
+        subprocess.run([sys.executable, "-m", "compileall", "-q", "-j", "2", str(site)], check=True)
     return root
 
 

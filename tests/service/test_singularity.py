@@ -243,7 +243,6 @@ while True:
 
 async def test_the_kill_ladder_reaches_the_program_and_leaves_nothing(bench, images):
     spec = bench.spec(images["python"], script=STUBBORN)
-    mounts = pathlib.Path("/proc/mounts").read_text()
     async with bench.executor().prepare(spec, bench.log(spec)) as prepared:
         output = spec.run_dir / "output"
         process = await bench.spawner.start(
@@ -259,7 +258,7 @@ async def test_the_kill_ladder_reaches_the_program_and_leaves_nothing(bench, ima
         assert ended.stopped
         _, alive = psutil.wait_procs(everybody, timeout=0)
         assert not alive
-    assert str(spec.run_dir) not in pathlib.Path("/proc/mounts").read_text() or str(spec.run_dir) in mounts
+    assert str(spec.run_dir) not in pathlib.Path("/proc/mounts").read_text()
 
 
 async def test_nothing_is_left_when_the_daemon_and_the_engine_are_killed(bench, images, apptainer):
@@ -298,7 +297,7 @@ def placed(spec: RunSpec, wheels: pathlib.Path) -> RunSpec:
 
 
 async def test_packages_go_into_a_place_of_the_run_s_own(bench, images, wheels):
-    script = "import apple, pear, subprocess; print(apple.VERSION, apple.__file__); subprocess.run(['pear-say'], check=True)"
+    script = "import apple, pear, subprocess; print(apple.VERSION, apple.__file__, flush=True); subprocess.run(['pear-say'], check=True)"
     wanted = {"requirements": ("--find-links .", "--no-index", "pear==1.0"), "env": {"PIP_NO_INDEX": "1"}}
     spec = placed(bench.spec(images["python"], script=script, **wanted), wheels)
     ended, printed = await bench.run(spec)
@@ -332,7 +331,7 @@ async def test_packages_that_cannot_be_had_say_why(bench, images):
 
 
 async def test_an_index_that_does_not_answer_is_unreachable(bench, images):
-    env = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "0"}
+    env = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "1"}
     spec = bench.spec(images["python"], script="1", requirements=("nosuchthing==1.0",), env=env)
     with pytest.raises(errors.Unreachable):
         await bench.run(spec)
