@@ -82,6 +82,10 @@ class SingularityExecutor(Executor):
                 verdict=_verdict(engine, container.inside),
             )
 
+    def check(self, engine: str | None) -> None:  # noqa: ARG002 - there is only one kind of it here
+        """Raises errors.NotForThisHost when this host has no engine. Cheap."""
+        self._engine()
+
     def _engine(self) -> Engine:
         engine = Engine.find(self._environ)
         if engine is None:

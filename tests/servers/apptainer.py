@@ -240,6 +240,7 @@ def _unpack() -> None:
     [multiarch] = (usr / "lib").glob("*/apptainer")
     shutil.copytree(multiarch, prefix / "lib" / multiarch.parent.name / "apptainer")
     shutil.copytree(packages / "etc", prefix / "etc")
+    (prefix / "lib" / "etc").symlink_to("../etc")  # some of them look a directory too low
     for place in (prefix, prefix / "lib"):
         (place / "var" / "lib" / "apptainer" / "mnt" / "session").mkdir(parents=True)
     libraries = prefix / "libraries"
