@@ -2,7 +2,7 @@
 
 The engines evaluate variables that they pass on in a shell of theirs, drop some and keep HOME for themselves; arguments can be
 seen by everybody on the machine. So the variables are written down, quoted, in a file that the image's own `/bin/sh` reads
-before it becomes the program.
+before it starts the program.
 """
 
 from __future__ import annotations
@@ -28,6 +28,14 @@ _OF_THE_SHELL = frozenset(
 _PYTHON = f"""\
 command -v "$1" >/dev/null 2>&1 || [ "$1" != python ] || {{ shift; set -- python3 "$@"; }}
 command -v "$1" >/dev/null 2>&1 || {{ echo "studio-runner: the image has no $1" >&2; exit {NO_PYTHON}; }}
+"""
+# The shell stays: of the several TERMs that a program would get, one from its supervisor and one from each part of the engine
+# that passes on its own, all but the first end here. It is told to say nothing of how its child died.
+_RUN = """\
+trap : TERM
+exec 3>&2 2>/dev/null
+( exec "$@" ) 2>&3 3>&-
+exit $?
 """
 # `--user` sees what the image has; a Python that is itself a virtual environment, or is told to have no user's packages, has
 # no such place, so what is asked for is put, with all that it needs, before the image's own.
@@ -59,10 +67,10 @@ class Inside:
             b"# The variables of this run, and then its program; made by studio-runner.\n" + self._exports()
         )
         overlay = self._overlay_lines()
-        mark = f": > {quoted(str(self.started))} || exit\n"
-        # Images made of Docker's otherwise evaluate arguments once more.
-        tail = f'if [ "$1" = {RUNSCRIPT} ]; then\n{mark}APPTAINER_NO_EVAL=1 SINGULARITY_NO_EVAL=1 exec "$@"\nfi\n'
-        tail += f'{_PYTHON}{mark}exec "$@"\n'
+        start = f": > {quoted(str(self.started))} || exit\n{_RUN}"
+        # Images made of Docker's evaluate arguments once more, unless they are told not to.
+        own = "export APPTAINER_NO_EVAL=1 SINGULARITY_NO_EVAL=1"
+        tail = f'if [ "$1" = {RUNSCRIPT} ]; then\n{own}\nelse\n{_PYTHON}fi\n{start}'
         _write(self.program, begin + (overlay + tail).encode())
         variables = (
             "export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_BREAK_SYSTEM_PACKAGES=1 PIP_ROOT_USER_ACTION=ignore\n"

@@ -201,8 +201,9 @@ async def test_granted_cards_are_asked_of_the_engine(bench, images):
 
 async def test_a_signal_that_a_program_dies_of_is_told(bench, images):
     spec = bench.spec(images["python"], script="import os; os.abort()")
-    ended, _ = await bench.run(spec)
+    ended, printed = await bench.run(spec)
     assert (ended.code, ended.signal) == (None, signal.SIGABRT)
+    assert printed == "", "the shell speaks of it"
 
 
 async def test_an_image_without_python_is_said_to_have_none(bench, images):
@@ -259,6 +260,31 @@ async def test_the_kill_ladder_reaches_the_program_and_leaves_nothing(bench, ima
         _, alive = psutil.wait_procs(everybody, timeout=0)
         assert not alive
     assert str(spec.run_dir) not in pathlib.Path("/proc/mounts").read_text()
+
+
+GRACEFUL = """
+import signal, time
+times = []
+signal.signal(signal.SIGTERM, lambda *_: times.append(time.monotonic()))
+print("ready", flush=True)
+while not times or time.monotonic() - times[0] < 1:
+    time.sleep(0.05)
+print(len(times), flush=True)
+raise SystemExit(3)
+"""
+
+
+async def test_a_program_gets_one_term_and_may_end_by_itself(bench, images):
+    """The engine's processes get it too, and pass it on."""
+    spec = bench.spec(images["python"], script=GRACEFUL)
+    async with bench.executor().prepare(spec, bench.log(spec)) as prepared:
+        output = spec.run_dir / "output"
+        process = await bench.spawner.start(
+            Command(argv=prepared.argv, env=prepared.env, cwd=spec.workspace, output=output)
+        )
+        await until(lambda: "ready" in output.read_text())
+        ended = await process.stop(GENEROUS_SECS)
+    assert (ended.code, output.read_text()) == (3, "ready\n1\n")
 
 
 async def test_nothing_is_left_when_the_daemon_and_the_engine_are_killed(bench, images, apptainer):

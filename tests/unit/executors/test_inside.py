@@ -52,6 +52,22 @@ def test_variables_and_arguments_arrive_as_they_are(tmp_path, shell):
     assert inside.started.exists()
 
 
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_program_that_dies_is_told_by_its_code_alone(tmp_path, shell):
+    words = (sys.executable, "-c", "import os, sys; print('last', file=sys.stderr, flush=True); os.abort()")
+    _, ended = run(tmp_path, {}, *words, shell=shell)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (134, b"", b"last\n")
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_the_shell_outlives_a_term_and_the_program_gets_the_default(tmp_path, shell):
+    script = (
+        "import os, signal; os.kill(os.getppid(), 15); print(signal.getsignal(15) is signal.SIG_DFL); exit(3)"
+    )
+    _, ended = run(tmp_path, {}, sys.executable, "-c", script, shell=shell)
+    assert (ended.returncode, ended.stdout) == (3, b"True\n")
+
+
 def test_a_program_s_library_path_goes_before_the_engine_s(tmp_path):
     _, ended = run(tmp_path, {"LD_LIBRARY_PATH": "/mine"}, sys.executable, "-c", SHOW)
     assert json.loads(ended.stdout)[0]["LD_LIBRARY_PATH"] == "/mine:/engine"
