@@ -100,15 +100,6 @@ class Environments:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Images:
-    """Which Singularity images are run, and where those from servers are kept."""
-
-    cache_dir: Path  #: default `<state-dir>/images`
-    cache_bytes: int = 20_000_000_000
-    allowed: tuple[str, ...] = ()  #: patterns as `--allow-image` has them
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class S3:
     """TLS material for S3 endpoints, and what may be borrowed for them."""
 
@@ -125,6 +116,15 @@ class Http:
     port: int = 9090  #: 0 takes a free one; it is told in the log and in `<working-dir>/studio-runner.json`
     #: opens pages and control beyond loopback
     token: str | None = dataclasses.field(default=None, repr=False)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Images:
+    """Which Singularity images are run, and where those from servers are kept."""
+
+    cache_dir: Path  #: default `<state-dir>/images`
+    cache_bytes: int = 20_000_000_000
+    allowed: tuple[str, ...] = ()  #: patterns as `--allow-image` has them
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -166,9 +166,9 @@ class Config:
     machine: Machine
     cache: ArtifactCache
     environments: Environments
-    images: Images
     s3: S3
     http: Http
+    images: Images
     logs: Logs
     runs: Runs
     limits: Limits
@@ -261,13 +261,13 @@ class _Builder:
                 cache_bytes=value["env-cache-size"],
                 fallback=value["python-fallback"],
             ),
+            s3=self._s3(),
+            http=Http(host=host, port=port, token=value["http-token"]),
             images=Images(
                 cache_dir=paths.state_dir / "images",
                 cache_bytes=value["image-cache-size"],
                 allowed=value["allow-image"],
             ),
-            s3=self._s3(),
-            http=Http(host=host, port=port, token=value["http-token"]),
             logs=self._logs(),
             runs=Runs(
                 grace_secs=value["grace"],

@@ -325,6 +325,9 @@ OPTIONS: tuple[Option, ...] = (
             example="20gb",
         ),
         _o("python-fallback", FLAG, "false", "take the nearest interpreter when the wanted one is missing"),
+        _o("retries", COUNT, "0", "how often to repeat a workload that fails by itself", example="2"),
+        _o("metadata-schema", SCHEMA, "1.0", "layout of the scraped document", example="0.14"),
+        _o("metadata-store", STORE, "", "a storage location that gets a manifest of each attempt"),
         _o(
             "allow-image",
             IMAGES,
@@ -338,9 +341,6 @@ OPTIONS: tuple[Option, ...] = (
             "how large the cache of Singularity images may grow",
             example="20gb",
         ),
-        _o("retries", COUNT, "0", "how often to repeat a workload that fails by itself", example="2"),
-        _o("metadata-schema", SCHEMA, "1.0", "layout of the scraped document", example="0.14"),
-        _o("metadata-store", STORE, "", "a storage location that gets a manifest of each attempt"),
     ),
     *_group(
         "Stopping",
