@@ -73,7 +73,6 @@ class ImageCache:
         self._flights = SingleFlight[Path]("fetch image")
         self._one = asyncio.Lock()
         self._evicting: asyncio.Task[None] | None = None
-        self._swept = False
 
     @contextlib.asynccontextmanager
     async def lease(self, reference: Reference, log_file: Path) -> AsyncIterator[Lease]:
@@ -107,6 +106,10 @@ class ImageCache:
                 return
         raise errors.EnvironmentFailed(f"the image {reference} is evicted again and again")
 
+    async def sweep(self) -> None:
+        """Removes what daemons that are gone left half fetched."""
+        await asyncio.to_thread(self._sweep)
+
     async def evict(self) -> None:
         """Removes leftovers and what newer images replace, then, over the quota, what was used longest ago; nothing in use."""
         async with self._one:
@@ -125,12 +128,8 @@ class ImageCache:
             log.warning("images not evicted", error=str(exc))
 
     def _prepare(self) -> None:
-        """Makes the directories; the first time of this daemon, removes what dead ones left half done."""
         for folder in (self._images, self._locks):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not self._swept:
-            self._swept = True
-            self._sweep()
 
     def _fresh(self, key: str, reference: Reference) -> Path | None:
         now = time.time()

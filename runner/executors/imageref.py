@@ -51,12 +51,12 @@ def parse(text: str) -> Reference:
         _refuse(text, "it is no docker://, dockerhub://, library:// or shub:// reference")
     path, at, digest = rest.partition("@")
     if at and not _DIGEST.fullmatch(digest):
-        _refuse(text, "what follows '@' is no digest")
+        _refuse(text, "what follows its '@' is no digest")
     # A colon before the last slash is that of a port.
     folder, slash, last = path.rpartition("/")
     last, colon, tag = last.partition(":")
     if colon and not _TAG.fullmatch(tag):
-        _refuse(text, "its tag is none")
+        _refuse(text, "its tag is not one that a server can have")
     parts = (folder + slash + last).split("/")
     if scheme in {"docker", "dockerhub"}:
         host, parts = _docker_host(scheme, parts)
@@ -71,7 +71,7 @@ def parse(text: str) -> Reference:
         name = "/".join((f"{scheme}:/", *([host] if host else []), *parts))
         version = f"{colon}{tag}{at}{digest}"
     if not legal or (host and not _HOST.fullmatch(host)):
-        _refuse(text, "its name is none")
+        _refuse(text, "its name is not one that a server can have")
     endpoint = host or {"shub": "singularity-hub.org", "library": "library.sylabs.io"}[scheme]
     return Reference(
         name=name, version=version, endpoint=endpoint, pinned=bool(at or _PINNING_TAG.fullmatch(tag))

@@ -11,6 +11,8 @@ import shlex
 import signal
 from typing import TYPE_CHECKING
 
+import structlog
+
 from runner import errors
 from runner.executors import engines, imageref, program, requirements
 from runner.executors.base import Executor, Prepared
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from runner.executors.requirements import Requirements
     from runner.process.base import ProcessExit
     from runner.process.spawner import Spawner
+
+log = structlog.get_logger(__name__)
 
 INSTALL_TIMEOUT_SECS = 3600.0
 _CONFLICT = re.compile(r"ResolutionImpossible|conflicting dependencies")
@@ -85,6 +89,13 @@ class SingularityExecutor(Executor):
     def check(self, engine: str | None) -> None:  # noqa: ARG002 - there is only one kind of it here
         """Raises errors.NotForThisHost when this host has no engine. Cheap."""
         self._engine()
+
+    async def reap(self) -> None:
+        """Remove what daemons that are gone left half fetched; to be called once, at the start. Never raises but for cancellation."""
+        try:
+            await self.cache.sweep()
+        except OSError as exc:
+            log.warning("what was fetched half is not removed", error=str(exc))
 
     def _engine(self) -> Engine:
         engine = Engine.find(self._environ)
