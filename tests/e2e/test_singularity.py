@@ -27,6 +27,7 @@ open("../modeldir/model", "w").write("trained")
 
 
 @pytest.mark.service
+@pytest.mark.timeout(300)
 def test_an_image_file_runs_and_an_untrusted_reference_is_a_dead_letter(
     daemons: MakeDaemon, apptainer: Apptainer, tmp_path: pathlib.Path
 ):

@@ -169,6 +169,7 @@ def configuration(root: Path) -> config.Config:
         environments=config.Environments(cache_dir=work / "environments"),
         s3=config.S3(),
         http=config.Http(host="127.0.0.1", port=0),
+        images=config.Images(cache_dir=work / "images"),
         logs=config.Logs(),
         runs=config.Runs(),
         limits=config.Limits(interval_secs=0.05),
