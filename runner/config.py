@@ -132,6 +132,15 @@ class Http:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Images:
+    """Which Singularity images are run, and where those from servers are kept."""
+
+    cache_dir: Path  #: default `<state-dir>/images`
+    cache_bytes: int = 20_000_000_000
+    allowed: tuple[str, ...] = ()  #: patterns as `--allow-image` has them
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Logs:
     """What the log shows and how."""
 
@@ -175,6 +184,7 @@ class Config:
     containers: Containers
     s3: S3
     http: Http
+    images: Images
     logs: Logs
     runs: Runs
     limits: Limits
@@ -277,6 +287,11 @@ class _Builder:
             ),
             s3=self._s3(),
             http=Http(host=host, port=port, token=value["http-token"]),
+            images=Images(
+                cache_dir=paths.state_dir / "images",
+                cache_bytes=value["image-cache-size"],
+                allowed=value["allow-image"],
+            ),
             logs=self._logs(),
             runs=Runs(
                 grace_secs=value["grace"],

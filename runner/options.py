@@ -19,6 +19,7 @@ MIN_CACHE_BYTES = 100_000_000
 MIN_LEASE_SECS = 1.0
 MAX_LEASE_SECS = 24 * 3600.0
 _MAX_PORT = 65535
+_IMAGE_PATTERN = re.compile(r"artifact:|(docker|dockerhub|library|shub)://[A-Za-z0-9._:/@*-]*")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,6 +145,15 @@ def _store(text: str) -> str:
     return text
 
 
+def _image_patterns(text: str) -> tuple[str, ...]:
+    patterns = tuple(text.replace(",", " ").split())
+    if not all(_IMAGE_PATTERN.fullmatch(pattern) for pattern in patterns):
+        raise ValueError(
+            "a pattern is artifact: or begins with docker://, dockerhub://, library:// or shub://, and '*' is any text"
+        )
+    return patterns
+
+
 def _address(text: str) -> tuple[str, int]:
     host, colon, port = text.rpartition(":")
     if (
@@ -204,6 +214,9 @@ LEASE = Kind(metavar="off|auto|SECONDS", parse=_lease, example="600")
 REGEX = Kind(metavar="REGEX", parse=_regex, example="'^(rmq|local)_.*$'")
 AMQP_URL = Kind(metavar="URL", parse=_url("amqp", "amqps"), example="'amqp://${USER}:${PASSWORD}@host:5672/'")
 HTTP_URL = Kind(metavar="URL", parse=_url("http", "https"), example="http://host:15672")
+IMAGES = Kind(
+    metavar="PATTERNS", parse=_image_patterns, example="shub://sentient-singularity/,docker://ghcr.io/us/*"
+)
 STORE = Kind(metavar="URI", parse=_store, example="s3://host:9000/bucket/prefix")
 ADDRESS = Kind(metavar="HOST:PORT", parse=_address, example=":9090")
 TOKEN = Kind(metavar="TOKEN", parse=_token, example='"$(openssl rand -hex 16)"')
@@ -374,6 +387,19 @@ OPTIONS: tuple[Option, ...] = (
         _o("retries", COUNT, "0", "how often to repeat a workload that fails by itself", example="2"),
         _o("metadata-schema", SCHEMA, "1.0", "layout of the scraped document", example="0.14"),
         _o("metadata-store", STORE, "", "a storage location that gets a manifest of each attempt"),
+        _o(
+            "allow-image",
+            IMAGES,
+            "shub://sentient-singularity/,dockerhub://tensorflow/,artifact:",
+            "Singularity images that messages may name, separated by commas; artifact: is image files from storage",
+        ),
+        _o(
+            "image-cache-size",
+            SIZE,
+            "20gb",
+            "how large the cache of Singularity images may grow",
+            example="20gb",
+        ),
     ),
     *_group(
         "Stopping",

@@ -23,6 +23,7 @@ pytest_plugins = [
     "tests.servers.moto_sqs",  # it uses the one before
     "tests.servers.nvml",
     "tests.servers.studioml_client",
+    "tests.servers.apptainer",
 ]
 
 

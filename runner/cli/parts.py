@@ -12,6 +12,7 @@ from runner.credentials.watch import Watch
 from runner.daemon.service import Parts
 from runner.executors.docker import DockerExecutor
 from runner.executors.registry import Executors
+from runner.executors.singularity import SingularityExecutor
 from runner.executors.venv import VenvExecutor
 from runner.storage.cache import ArtifactCache
 from runner.storage.registry import Stores
@@ -111,7 +112,7 @@ def _executors(config: Config, spawner: Spawner) -> Executors:
     return Executors(
         venv=VenvExecutor(config.environments, spawner),
         docker=DockerExecutor(config.containers, config.paths.state_dir, spawner),
-        singularity=None,
+        singularity=SingularityExecutor(config.images, spawner),
     )
 
 

@@ -27,6 +27,7 @@ import structlog
 
 from runner.executors import layout, locks
 from runner.executors.eviction import Evictor
+from runner.executors.singleflight import SingleFlight
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -59,7 +60,7 @@ class EnvironmentCache:
         self._entries = config.cache_dir.resolve() / "entries"
         self._locks = config.cache_dir / "locks"
         self._shared = config.shared
-        self._building: dict[str, _Build] = {}
+        self._flights = SingleFlight[layout.Base]("build environment")
         self._evictor = Evictor(config.cache_dir, config.cache_bytes, uv)
 
     @contextlib.asynccontextmanager
@@ -83,7 +84,8 @@ class EnvironmentCache:
             base = layout.Base.load(entry, interpreter.minor)
             cached = base is not None
             if base is None:
-                base = await self._built(key, _Order(interpreter, wanted, expires, log_file))
+                order = _Order(interpreter, wanted, expires, log_file)
+                base = await self._flights.join(key, lambda: self._build(key, order))
             _touch(entry)
             yield Lease(base=base, key=key, cached=cached)
             _touch(entry)
@@ -94,23 +96,6 @@ class EnvironmentCache:
         How many bytes were freed. Runs by itself after builds, with the quota.
         """
         return await self._evictor.run(bytes_needed)
-
-    async def _built(self, key: str, order: _Order) -> layout.Base:
-        """Joins the build of `key`, or begins it."""
-        build = self._building.get(key)
-        if build is None:
-            task = asyncio.create_task(self._build(key, order), name=f"build environment {key}")
-            build = self._building[key] = _Build(task)
-        build.waiting += 1
-        try:
-            return await asyncio.shield(build.task)
-        finally:
-            build.waiting -= 1
-            if build.waiting == 0:
-                if self._building.get(key) is build:
-                    del self._building[key]
-                build.task.cancel()  # nothing to a task that is done
-                await asyncio.wait([build.task])
 
     async def _build(self, key: str, order: _Order) -> layout.Base:
         entry = self._entries / key
@@ -158,12 +143,6 @@ class _Order:
     wanted: Requirements
     expires: float | None
     log_file: Path
-
-
-@dataclasses.dataclass
-class _Build:
-    task: asyncio.Task[layout.Base]
-    waiting: int = 0
 
 
 def identity(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 #: What an operator has to do to get what is not there.
 _TO_DO = {
     "docker": "install docker or podman, or name one with --container-engine",
-    "singularity": "this runner has no Singularity executor yet",
+    "singularity": "install apptainer",
 }
 
 
@@ -42,8 +42,19 @@ class Executors(Executor):
 
     async def reap(self) -> None:
         """See `Executor.reap`."""
-        present = [executor for executor in (self._venv, *self._containers.values()) if executor is not None]
-        await asyncio.gather(*(executor.reap() for executor in present))
+        await asyncio.gather(*(executor.reap() for executor in self._present))
+
+    async def make_room(self, bytes_needed: int) -> int:
+        """See `Executor.make_room`: one after the other, until it is enough."""
+        freed = 0
+        for executor in self._present:
+            if freed < bytes_needed:
+                freed += await executor.make_room(bytes_needed - freed)
+        return freed
+
+    @property
+    def _present(self) -> list[Executor]:
+        return [executor for executor in (self._venv, *self._containers.values()) if executor is not None]
 
     def _executor(self, engine: str | None) -> Executor:
         if engine is None:

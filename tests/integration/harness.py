@@ -174,6 +174,7 @@ def configuration(root: Path) -> config.Config:
         containers=config.Containers(),
         s3=config.S3(),
         http=config.Http(host="127.0.0.1", port=0),
+        images=config.Images(cache_dir=work / "images"),
         logs=config.Logs(),
         runs=config.Runs(),
         limits=config.Limits(interval_secs=0.05),

@@ -36,6 +36,8 @@ REACHES = {
     "s3-cert": ("/cert", "s3.cert"),
     "s3-key": ("/key", "s3.key"),
     "allow-env-secrets": ("false", "runs.allow_env_secrets"),
+    "allow-image": ("docker://x/*,artifact:", "images.allowed"),
+    "image-cache-size": ("1gb", "images.cache_bytes"),
     "env-cache-size": ("1gb", "environments.cache_bytes"),
     "python-fallback": ("true", "environments.fallback"),
     "container-engine": ("/usr/bin/podman", "containers.engine"),
