@@ -130,16 +130,19 @@ class Groups:
             Unavailable: with the reason, for a person.
         """
         try:
-            groups = _second(root, strangers)
+            groups = cls(_prepared(_second(root, strangers)), 2)
         except Unavailable as exc:
-            mount = own(root, "memory")
-            if mount is None or not _can_make(mount.directory):
-                raise
-            if not (mount.directory / "memory.limit_in_bytes").exists():
-                raise Unavailable(str(exc)) from exc
-            groups = cls(mount.directory, 1)
+            groups = cls(_first(root, exc), 1)
         groups.sweep()
         return groups
+
+    @classmethod
+    def foreseen(cls, root: Path = Path("/")) -> Groups:
+        """What `find` would probably give; nothing is changed. Blocking; raises as `find`."""
+        try:
+            return cls(_second(root, strangers), 2)
+        except Unavailable as exc:
+            return cls(_first(root, exc), 1)
 
     def make(self, name: str, *, cpus: int, ram_bytes: int) -> Group:
         """A new group for a run; `ram_bytes` 0 is no limit. Blocking.
@@ -185,7 +188,18 @@ class Groups:
                 group.remove()
 
 
-def _second(root: Path, strangers: Callable[[Iterable[int]], set[int]]) -> Groups:
+def _first(root: Path, why: Unavailable) -> Path:
+    """Our group of version 1. Raises `why` version 2 does not do, when this one does not either."""
+    mount = own(root, CONTROLLERS[0])
+    if mount is None or not _can_make(mount.directory):
+        raise why
+    if not (mount.directory / "memory.limit_in_bytes").exists():
+        raise why
+    return mount.directory
+
+
+def _second(root: Path, strangers: Callable[[Iterable[int]], set[int]]) -> Path:
+    """Our group of version 2, as it is. Raises Unavailable."""
     mount = own(root)
     if mount is None:
         raise Unavailable("cgroup v2 is not mounted")
@@ -197,6 +211,12 @@ def _second(root: Path, strangers: Callable[[Iterable[int]], set[int]]) -> Group
         raise Unavailable(f"{base} cannot be written")
     if others := strangers(_pids(base)):
         raise Unavailable(f"{base} is not the daemon's alone: process {min(others)} is in it as well")
+    return base
+
+
+def _prepared(base: Path) -> Path:
+    """It, ready to have groups below it. Raises Unavailable."""
+    needed = CONTROLLERS[0]
     try:
         _move(base, base / LEAF)
         for controller in CONTROLLERS:
@@ -209,7 +229,7 @@ def _second(root: Path, strangers: Callable[[Iterable[int]], set[int]]) -> Group
             _move(base / LEAF, base)
             (base / LEAF).rmdir()
         raise Unavailable(f"cgroup v2 cannot be used: {exc}") from exc
-    return Groups(base, 2)
+    return base
 
 
 def _move(source: Path, target: Path) -> None:
