@@ -6,21 +6,19 @@ import asyncio
 import contextlib
 import dataclasses
 import os
-import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from runner import __version__, errors, units
-from runner.cli import parts
+from runner import __version__, errors
+from runner.cli import machine, parts
+from runner.cli.finding import Finding, unusable
 from runner.client.message import Storage
 from runner.credentials import directory
-from runner.credentials.accounts import Account, Rabbitmq
-from runner.executors.interpreters import OLDEST, Interpreters
+from runner.credentials.accounts import Account, QueueDirectory, Rabbitmq
 from runner.process.spawner import Spawner
-from runner.resources import probe
 from runner.storage.base import Credentials, Forbidden, Location, NotFound
 from runner.storage.registry import Stores
 
@@ -30,29 +28,10 @@ if TYPE_CHECKING:
     from runner.config import Config
     from runner.queues.base import QueueInfo
 
-Verdict: TypeAlias = Literal["ok", "warning", "problem"]
-
 #: How long an account or a store may take to answer.
 ANSWER_SECS = 20.0
-#: Runs need room for their inputs and environments: below this a machine is of no use, whatever the reserve says.
-LITTLE_DISK_BYTES = 1_000_000_000
 _SHOWN_QUEUES = 5
 _NO_OBJECT = "studio-runner-doctor"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Finding:
-    """One thing that was looked at."""
-
-    subject: str  #: what: "python", "account amqp://host:5672", ...
-    verdict: Verdict
-    text: str  #: what was found; no secrets
-    advice: str = ""  #: what to do, where there is something to do
-    facts: dict[str, Any] = dataclasses.field(default_factory=dict)  #: the same for programs
-
-    def as_dict(self) -> dict[str, Any]:
-        """For --json."""
-        return dataclasses.asdict(self)
 
 
 async def examine(config: Config, stores: Iterable[str]) -> list[Finding]:
@@ -63,8 +42,11 @@ async def examine(config: Config, stores: Iterable[str]) -> list[Finding]:
         checks: list[Coroutine[Any, Any, list[Finding]]] = [
             asyncio.to_thread(_program),
             asyncio.to_thread(_directories, config),
-            asyncio.to_thread(_machine, config),
-            _interpreters(config, spawner),
+            asyncio.to_thread(machine.machine, config),
+            asyncio.to_thread(machine.limits, config),
+            asyncio.to_thread(machine.gpus, config),
+            machine.containers(config, spawner),
+            machine.interpreters(config, spawner),
             _accounts(config),
             *[_store(config, url) for url in stores],
         ]
@@ -121,73 +103,6 @@ def _directory(option: str, path: Path) -> Finding:
     return Finding(subject=option, verdict="ok", text=f"{path}: can be written{made}", facts=facts)
 
 
-def _machine(config: Config) -> list[Finding]:
-    volume = config.paths.working_dir
-    while not volume.exists():
-        volume = volume.parent
-    try:
-        total = probe.machine(config.machine, volume)
-    except errors.UsageError as exc:
-        return [Finding(subject="machine", verdict="problem", text=str(exc), advice="lower that option")]
-    free = probe.disk_free(volume)
-    facts = {
-        "cores": total.cpus,
-        "ram_bytes": total.ram_bytes,
-        "disk_bytes": total.hdd_bytes,
-        "disk_free_bytes": free,
-    }
-    machine = Finding(
-        subject="machine",
-        verdict="ok",
-        text=f"{total.cpus} cores and {units.format_bytes(total.ram_bytes)} of memory may be given to experiments",
-        facts=facts,
-    )
-    used = shutil.disk_usage(volume)
-    disk = Finding(
-        subject="disk",
-        verdict="ok" if free >= LITTLE_DISK_BYTES else "problem",
-        text=f"{units.format_bytes(free)} may be promised of {units.format_bytes(used.total)} at {volume} "
-        f"({units.format_bytes(used.free)} are free, a tenth of all is never promised)",
-        advice=""
-        if free >= LITTLE_DISK_BYTES
-        else "make room there, or name another volume with --working-dir",
-        facts=facts,
-    )
-    return [machine, disk]
-
-
-async def _interpreters(config: Config, spawner: Spawner) -> list[Finding]:
-    with tempfile.TemporaryDirectory() as scratch:
-        # The daemon's own notes of them, where they can be read; never written by us.
-        notes = config.environments.cache_dir / "interpreters.json"
-        kept = Path(scratch) / "interpreters.json"
-        with contextlib.suppress(OSError):
-            kept.write_bytes(notes.read_bytes())
-        found = await Interpreters(spawner, kept, environ=os.environ).discover()
-    usable = [one for one in found if one.version[:2] >= OLDEST]
-    facts = {"interpreters": [{"version": str(one), "path": str(one.path)} for one in found]}
-    if not usable:
-        return [
-            Finding(
-                subject="python",
-                verdict="problem",
-                text="no usable interpreter was found",
-                advice="install one with `uv python install 3.11`, pyenv, or the system's packages",
-                facts=facts,
-            )
-        ]
-    listed = ", ".join(map(str, usable))
-    old = [str(one) for one in found if one.version[:2] < OLDEST]
-    return [
-        Finding(
-            subject="python",
-            verdict="ok",
-            text=f"{listed}{'; too old: ' + ', '.join(old) if old else ''}",
-            facts=facts,
-        )
-    ]
-
-
 async def _accounts(config: Config) -> list[Finding]:
     """Those that options name, and those in directories of credentials."""
     accounts = list(parts.named(config))
@@ -196,10 +111,10 @@ async def _accounts(config: Config) -> list[Finding]:
         try:
             found = await asyncio.to_thread(directory.scan, path, prefix)
         except errors.UsageError as exc:
-            findings.append(_unusable(f"directory {path}", str(exc)))
+            findings.append(unusable(f"directory {path}", str(exc)))
             continue
         accounts += found.accounts.values()
-        findings += [_unusable(f"account {name}", why) for name, why in found.problems.items()]
+        findings += [unusable(f"account {name}", why) for name, why in found.problems.items()]
         if not found.accounts and not found.problems:
             findings.append(
                 Finding(
@@ -213,17 +128,20 @@ async def _accounts(config: Config) -> list[Finding]:
     return findings + [finding for group in answers for finding in group]
 
 
-def _unusable(subject: str, why: str) -> Finding:
-    return Finding(subject=subject, verdict="problem", text=why, advice="correct or remove it")
-
-
 async def _account(config: Config, account: Account) -> list[Finding]:
+    embedded = config.paths.working_dir / "queue"
+    if isinstance(account, QueueDirectory) and account.root == embedded and not embedded.exists():
+        return [
+            Finding(
+                subject=f"account {account.label}", verdict="ok", text=f"{embedded} will be made, for queues"
+            )
+        ]
     findings = _habits(account) if isinstance(account, Rabbitmq) else []
     try:
         async with _asked(config, account) as (label, queues):
             taken = sorted(str(queue.ref) for queue in queues if _matches(config, account, queue.ref.name))
     except errors.UsageError as exc:
-        return [_unusable(f"account {account.label}", str(exc)), *findings]
+        return [unusable(f"account {account.label}", str(exc)), *findings]
     except errors.QueueUnavailable as exc:
         return [_away(account.label, str(exc)), *findings]
     except TimeoutError:
@@ -318,7 +236,7 @@ async def _store(config: Config, url: str) -> list[Finding]:
         place = _place(url)
         told = await asyncio.to_thread(_ask_store, stores, place)
     except errors.RunnerError as exc:
-        return [_unusable("store", str(exc))]
+        return [unusable("store", str(exc))]
     finally:
         stores.close()
     return [dataclasses.replace(told, subject=f"store {place.uri.rstrip('/')}")]

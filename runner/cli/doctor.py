@@ -14,7 +14,7 @@ import typer
 from runner import config
 
 if TYPE_CHECKING:
-    from runner.cli.checks import Finding
+    from runner.cli.finding import Finding
 
 _MARKS = {"ok": ("ok", "green"), "warning": ("warning", "yellow"), "problem": ("PROBLEM", "bold red")}
 

@@ -4,7 +4,7 @@
 call reads the file anew. `Machine` writes the file, in one atomic step::
 
     machine = Machine(tmp_path / "machine")
-    machine.gpus = [T4("GPU-a"), A100_40("GPU-b")]
+    machine.gpus = [T4(uuid="GPU-a"), A100_40(uuid="GPU-b")]
     machine.write()
 """
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from runner.cli.main import main
+from tests.servers import nvml
 from tests.servers.daemon import PROGRAM, clean_environment
 from tests.servers.seaweedfs import ADMIN
 
@@ -126,3 +127,54 @@ def test_lines_for_people(tmp_path):
     assert any(line.startswith(f"ok: --working-dir: {tmp_path}/work: ") for line in lines)
     assert lines[-1].startswith("problems: ")
     assert not any(line.endswith(" ") for line in lines)
+
+
+def test_cards_as_the_runner_would_use_them(tmp_path, nvml_library):
+    fake = nvml.Machine(tmp_path / "machine")
+    fake.gpus = [
+        nvml.T4(uuid="GPU-a"),
+        nvml.A100_40(uuid="GPU-b", ecc=3),
+        nvml.Gpu(uuid="GPU-c", name="Something New", total=24 * nvml.GIB),
+        nvml.T4(uuid="GPU-d"),
+    ]
+    fake.write()
+    seen = nvml.environment(nvml_library, fake) | {"CUDA_VISIBLE_DEVICES": "0,1,2"}
+    code, found = doctor(tmp_path, **seen)
+    assert code == 1
+    cards = {subject: finding for subject, (finding,) in found.items() if subject.startswith("gpu")}
+    assert {subject: finding["verdict"] for subject, finding in cards.items()} == {
+        "gpu 0": "ok",
+        "gpu 1": "problem",
+        "gpu 2": "warning",
+        "gpu 3": "ok",
+    }
+    assert "Tesla T4" in cards["gpu 0"]["text"]
+    assert "fenced" in cards["gpu 1"]["text"]
+    assert "--gpu-cards" in cards["gpu 2"]["advice"]
+    assert "CUDA_VISIBLE_DEVICES" in cards["gpu 3"]["text"]
+    _, found = doctor(tmp_path, "--cpu-only", **seen)
+    assert verdicts(found["gpus"]) == ["ok"]
+
+
+def test_engines_of_containers(tmp_path):
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    engine = programs / "docker"
+    engine.write_text("#!/bin/sh\necho 'Cannot connect to the Docker daemon at unix:///x.' >&2; exit 1\n")
+    engine.chmod(0o755)
+    (programs / "apptainer").symlink_to("/bin/true")
+    path = {"PATH": str(programs)}
+    code, found = doctor(tmp_path, **path)
+    assert (code, verdicts(found["containers"]), verdicts(found["singularity"])) == (0, ["warning"], ["ok"])
+    assert "Cannot connect" in found["containers"][0]["text"]
+    code, found = doctor(tmp_path, "--container-engine=docker", **path)
+    assert (code, verdicts(found["containers"])) == (1, ["problem"])
+    _, found = doctor(tmp_path, "--container-engine=off", **path)
+    assert verdicts(found["containers"]) == ["ok"]
+
+
+def test_how_limits_are_seen_to_is_told(tmp_path):
+    _, found = doctor(tmp_path)
+    assert found["limits"][0]["facts"]["mechanism"] in {"measured", "cgroup v1", "cgroup v2"}
+    _, found = doctor(tmp_path, "--enforce-limits=false")
+    assert verdicts(found["limits"]) == ["warning"]
