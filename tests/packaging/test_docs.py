@@ -231,5 +231,10 @@ def test_the_changelog_keeps_its_own_rules():
 def test_what_is_said_to_be_missing_is_missing():
     missing = {option.missing for option in OPTIONS}
     sentence = (ROOT / "README.md").read_text().split("Not there yet")[1].split(".")[0]
-    for word, capability in {"SQS": "SQS", "Pub/Sub": "Pub/Sub", "encrypted messages": "encryption"}.items():
+    capabilities = {
+        "encrypted messages": "encryption",
+        "signed": "signing",
+        "ConfigMap": "the Kubernetes ConfigMap",
+    }
+    for word, capability in {"SQS": "SQS", "Pub/Sub": "Pub/Sub", **capabilities}.items():
         assert (word in sentence) == (capability in missing), word
