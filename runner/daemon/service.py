@@ -133,13 +133,15 @@ def _problem(status: AccountStatus) -> str | None:
 
 
 async def _cards_in_use(gpus: GpuWatch, uuids: Sequence[str], pids: Sequence[int]) -> Cards | None:
-    """What a run makes of its cards; None where the driver does not tell."""
-    told = (await gpus.usage(uuids, pids)).values()
-    if not told:
+    """What a run makes of its cards; None when the driver does not tell of all of them."""
+    told = await gpus.usage(uuids, pids)
+    if len(told) < len(uuids):
         return None
+    memory = [use.memory_bytes for use in told.values() if use.memory_bytes is not None]
+    rates = [use.utilization for use in told.values() if use.utilization is not None]
     return Cards(
-        memory_bytes=sum(use.memory_bytes or 0 for use in told),
-        utilization=sum(use.utilization or 0.0 for use in told),
+        memory_bytes=sum(memory) if len(memory) == len(told) else None,
+        utilization=sum(rates) if len(rates) == len(told) else None,
     )
 
 

@@ -92,7 +92,7 @@ class Nvml:
     def usage(self, uuids: Collection[str], pids: Collection[int]) -> dict[str, Usage]:
         """What these processes use of these cards (or MIG instances). A card that does not answer is missing.
 
-        Only of what a `look` has found; process ids are the host's, so that in a container they match nothing.
+        Only of what a `look` has found. The driver tells process ids of the host: in a container nothing is known of the memory.
         """
         if not self._open:
             return {}
@@ -226,7 +226,7 @@ def _processes(handle: Any) -> dict[int, int | None] | None:
 
 
 def _usage(handle: Any, pids: Collection[int]) -> Usage:
-    by_pid = _processes(handle)
+    by_pid = _processes(handle) if probe.sees_all_processes() else None
     memory: int | None = None
     if by_pid is not None:
         known = [used for pid, used in by_pid.items() if pid in pids]

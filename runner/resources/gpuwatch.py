@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import structlog
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from runner.resources.gpus import Nvml, Sight, Usage
 
 log = structlog.get_logger(__name__)
+
+_Answer = TypeVar("_Answer")
 
 #: Between two looks, when nothing asks for one.
 LOOK_SECS = 30.0
@@ -98,10 +101,13 @@ class GpuWatch:
         return ""
 
     async def usage(self, uuids: Sequence[str], pids: Sequence[int]) -> dict[str, Usage]:
-        """As `Nvml.usage`, in a thread. Nothing while the driver does not answer."""
-        if self._nvml is None or self.pool.silent or not uuids:
+        """As `Nvml.usage`. Nothing while the driver does not answer; returns within `LIMIT_SECS` of its turn, as `look`."""
+        if self._nvml is None or not uuids:
             return {}
-        return await asyncio.to_thread(self._nvml.usage, uuids, pids)
+        async with self._looking:
+            if self.pool.silent:
+                return {}
+            return await self._in_thread(functools.partial(self._nvml.usage, uuids, pids)) or {}
 
     async def look(self, *, fresh_secs: float = 0.0) -> None:
         """Look now, and tell the pool and whom it concerns. Never raises; returns within `LIMIT_SECS` of its turn.
@@ -114,7 +120,9 @@ class GpuWatch:
             if time.monotonic() - self._looked_at < fresh_secs:
                 return
             watermarks = self.pool.watermarks()
-            look = await self._in_thread(self._nvml)
+            look = await self._in_thread(self._nvml.look) or Look(
+                why=f"the NVIDIA driver has not answered for {LIMIT_SECS:.0f} s"
+            )
             self._looked_at = time.monotonic()
             mine = self._visible(look)
             if why := look.why or self._none(look, mine):
@@ -149,28 +157,28 @@ class GpuWatch:
     def _variables(self) -> list[str]:
         return [name for name in visibility.VARIABLES if name in self._environ]
 
-    async def _in_thread(self, nvml: Nvml) -> Look:
-        overdue = Look(why=f"the NVIDIA driver has not answered for {LIMIT_SECS:.0f} s")
+    async def _in_thread(self, ask: Callable[[], _Answer]) -> _Answer | None:
+        """What the driver answers; None when it does not in time, or still owes the answer to an earlier call."""
         if self._out:
-            return overdue
+            return None
         loop = asyncio.get_running_loop()
-        answer: asyncio.Future[Look] = loop.create_future()
+        answer: asyncio.Future[_Answer] = loop.create_future()
 
-        def settle(look: Look) -> None:
+        def settle(told: _Answer) -> None:
             if not answer.done():
-                answer.set_result(look)
+                answer.set_result(told)
 
         def work() -> None:
-            look = nvml.look()
+            told = ask()
             self._out = False
             with contextlib.suppress(RuntimeError):  # the loop is closed
-                loop.call_soon_threadsafe(settle, look)
+                loop.call_soon_threadsafe(settle, told)
 
         # Not one of the loop's threads: those are waited for at exit.
         self._out = True
         threading.Thread(target=work, name="nvml", daemon=True).start()
         await asyncio.wait({answer}, timeout=LIMIT_SECS)
-        return answer.result() if answer.done() else overdue
+        return answer.result() if answer.done() else None
 
     def _tell(self, mine: Sequence[Sight], look: Look, watermarks: Mapping[str, int]) -> None:
         fenced = self.pool.seen(mine, look.lost, watermarks, self._looked_at)

@@ -44,10 +44,10 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class Cards(NamedTuple):
-    """What a run's graphics cards tell of it."""
+    """What a run's graphics cards tell of it. None: not all of them do."""
 
-    memory_bytes: int
-    utilization: float  #: of all its cards together: 1.5 is one and a half
+    memory_bytes: int | None
+    utilization: float | None  #: of all its cards together, by whomever: 1.5 is one and a half
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -234,8 +234,13 @@ class Sampler:
             await self._some.wait()
             for watched in [run for run in self._watched if run.cards]:
                 card = await self._cards(watched.cards, watched.pids)
-                if card is not None and watched in self._watched:
+                if card is None or watched not in self._watched:
+                    continue
+                if (
+                    card.memory_bytes is not None and watched.pids
+                ):  # whose memory it is, is known once they were seen
                     watched.use.card_memory.add(card.memory_bytes)
+                if card.utilization is not None:
                     watched.use.card_utilization.add(card.utilization)
 
     def _take(self, watched: _Watched, sample: Sample, now: float) -> None:

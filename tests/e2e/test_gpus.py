@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from runner.resources import probe
 from tests.e2e import messages
 from tests.servers import nvml
 from tests.servers.nvml import Machine
@@ -21,6 +22,7 @@ WORKLOAD = """
 import os, pathlib, time
 print({{name: os.environ[name] for name in ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")}}, flush=True)
 go = pathlib.Path({go!r})
+go.with_suffix(".pid").write_text(str(os.getpid()))
 while not go.exists():
     time.sleep(0.02)
 assert go.read_text() != "fail" or os.environ["CUDA_VISIBLE_DEVICES"] != "GPU-0", "CUDA error: uncorrectable ECC error"
@@ -77,7 +79,7 @@ def printed(daemon: Daemon, key: str) -> str:
     return ""
 
 
-def test_runs_of_one_queue_share_a_card_and_another_queue_gets_its_own(daemon, tmp_path):
+def test_runs_of_one_queue_share_a_card_and_another_queue_gets_its_own(daemon, machine, tmp_path):
     go = {key: tmp_path / key for key in ("one", "two", "three", "four")}
     put(daemon, "local_a", "one", go["one"], gpus=1, gpuMem="6gb")
     put(daemon, "local_a", "two", go["two"], gpus=2, gpuMem="6gb")
@@ -88,6 +90,14 @@ def test_runs_of_one_queue_share_a_card_and_another_queue_gets_its_own(daemon, t
     metrics = daemon.get("/metrics").decode()
     assert 'runner_gpu_free_slots{gpu="GPU-0",name="Tesla T4"} 1.0' in metrics
     assert 'runner_gpu_memory_bytes{gpu="GPU-1",name="NVIDIA A100-SXM4-40GB"} 4.29' in metrics
+
+    of_stranger = {1: nvml.GIB}
+    of_run = {int(go["one"].with_suffix(".pid").read_text()): 5 * nvml.GIB}
+    machine.gpus[0].processes, machine.gpus[0].utilization = of_stranger | of_run, 70
+    machine.write()
+    daemon.until(lambda: used(daemon, "one").get("gpu_utilization", {}).get("peak") == 0.7)
+    if probe.sees_all_processes():  # in a container the driver's process ids mean nothing
+        daemon.until(lambda: used(daemon, "one").get("gpu_memory_bytes", {}).get("peak") == 5 * nvml.GIB)
 
     go["one"].write_text("done")  # there are two cores
     put(daemon, "local_b", "three", go["three"], gpus=1)
@@ -104,6 +114,10 @@ def test_runs_of_one_queue_share_a_card_and_another_queue_gets_its_own(daemon, t
     daemon.until(lambda: why in closed(daemon, "local_b"))
     go["three"].write_text("done")
     daemon.until(lambda: completed(daemon, "five"))
+    (document,) = documents(daemon, "one")
+    assert document["runner"]["used"]["gpu_utilization"]["peak"] == 0.7
+    told_memory = document["runner"]["used"].get("gpu_memory_bytes", {}).get("peak")
+    assert told_memory == (5 * nvml.GIB if probe.sees_all_processes() else None)
     (document,) = documents(daemon, "two")
     assert document["runner"]["granted"]["gpus"] == [
         {"uuid": "GPU-0", "name": "Tesla T4", "memory_bytes": 16106127360, "slots": 2}
@@ -112,6 +126,11 @@ def test_runs_of_one_queue_share_a_card_and_another_queue_gets_its_own(daemon, t
     why = "40 GPU slots are asked for; this machine has Tesla T4 0 (4 slots"
     daemon.until(lambda: why in closed(daemon, "local_c"))
     assert daemon.stop() == 0
+
+
+def used(daemon: Daemon, key: str) -> dict[str, Any]:
+    """What the run in progress of that experiment uses."""
+    return next((run["used"] for run in daemon.get("/api/runs")["running"] if run["experiment"] == key), {})
 
 
 def completed(daemon: Daemon, key: str) -> bool:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -9,11 +10,15 @@ from runner.request.model import Resources
 from runner.resources import cards, gpuwatch
 from runner.resources.cards import Card
 from runner.resources.gpupool import GpuPool
-from runner.resources.gpus import Look, Nvml, Sight
+from runner.resources.gpus import Look, Nvml, Sight, Usage
 from runner.resources.gpuwatch import GpuWatch
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
 
 GIB = 1 << 30
 LIMIT_SECS = 30
+FIGURES = Usage(memory_bytes=1, utilization=0.5)
 
 
 class Eyes(Nvml):
@@ -30,6 +35,10 @@ class Eyes(Nvml):
         self.looks += 1
         self.blocked.wait(LIMIT_SECS)
         return self.answer
+
+    def usage(self, uuids: Collection[str], pids: Collection[int]) -> dict[str, Usage]:
+        self.blocked.wait(LIMIT_SECS)
+        return dict.fromkeys(uuids, FIGURES)
 
 
 def sight(uuid: str = "GPU-a", ecc: int = 0, used: int = 0, index: str = "0") -> Sight:
@@ -120,6 +129,30 @@ async def test_the_loop_goes_on_while_the_driver_hangs_and_nothing_is_given_away
             await asyncio.sleep(0.01)
     assert eyes.looks >= 3
     assert news == ["it answers"]  # those who wait for a card hear of it
+
+
+async def test_a_driver_that_hangs_while_it_is_asked_for_figures_holds_up_neither_the_loop_nor_the_end(
+    monkeypatch,
+):
+    monkeypatch.setattr(gpuwatch, "LIMIT_SECS", 0.05)
+    eyes = Eyes(sight())
+    gpus = watch(eyes)
+    await gpus.look()
+    eyes.blocked.clear()
+    assert await gpus.usage(["GPU-a"], []) == {}
+    # Not one of the loop's threads, which are waited for when it is closed.
+    assert [each.daemon for each in threading.enumerate() if each.name == "nvml"] == [True]
+    await gpus.look()
+    assert eyes.looks == 1  # the answer to the other question is still owed
+    assert "has not answered" in gpus.pool.lacking(ASK, "q")
+    assert await gpus.usage(["GPU-a"], []) == {}
+    eyes.blocked.set()
+    async with asyncio.timeout(LIMIT_SECS):
+        while gpus.pool.lacking(ASK, "q"):
+            await gpus.look()
+            await asyncio.sleep(0.01)
+    monkeypatch.setattr(gpuwatch, "LIMIT_SECS", LIMIT_SECS)
+    assert await gpus.usage(["GPU-a"], []) == {"GPU-a": FIGURES}
 
 
 async def test_without_nvml_nothing_is_ever_looked_at():
