@@ -204,7 +204,8 @@ class _Container:
         """Makes its directories and scripts. Blocks."""
         self.folder.mkdir(mode=0o700)
         self.overlay.mkdir(mode=0o700, exist_ok=True)
-        (self.folder / "work").mkdir(mode=0o700)
+        for name in ("work", "empty"):
+            (self.folder / name).mkdir(mode=0o700)
         self.inside.write()
 
     def write_requirements(self, wanted: Requirements) -> None:
@@ -223,6 +224,7 @@ class _Container:
             run_dir=self.spec.run_dir,
             workspace=self.spec.workspace,
             scratch=self.folder / "work",
+            empty=self.folder / "empty",
             gpus=bool(self.spec.gpus or self.spec.limits.gpus),
         )
 

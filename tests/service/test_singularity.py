@@ -171,6 +171,28 @@ print("on stderr", file=sys.stderr)
     assert sum(file.stat().st_size for file in spec.run_dir.rglob("scratch")) == 1000, "/tmp is not the run's"
 
 
+async def test_root_in_a_container_cannot_write_the_kernel_s_settings(bench, images):
+    script = """
+import os, stat
+def writable(path):
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+    except OSError:
+        return False
+    return True
+for top in ("/proc/sys", "/proc/irq", "/proc/bus", "/sys"):
+    for folder, _, files in os.walk(top):
+        for name in files:
+            if os.lstat(folder + "/" + name).st_mode & 0o222 and writable(folder + "/" + name):
+                print(folder + "/" + name)
+trigger = "/proc/sysrq-trigger"
+print(open("/proc/sys/kernel/ostype").read().strip(), os.path.exists(trigger) and not stat.S_ISCHR(os.stat(trigger).st_mode))
+"""
+    ended, printed = await bench.run(bench.spec(images["python"], script=script))
+    assert ended.ok, printed
+    assert printed == "Linux False\n", "settings of the host can be changed"
+
+
 async def test_without_a_file_name_the_image_s_own_program_runs(bench, images):
     spec = bench.spec(images["shell"], filename=None, args=("two words", "$(id)"), env={"WORD": HOSTILE})
     ended, printed = await bench.run(spec)

@@ -15,6 +15,7 @@ import pytest
 
 from runner import errors
 from runner.config import Images
+from runner.executors import kernelfiles
 from runner.executors.base import Image, Limits, RunSpec
 from runner.executors.singularity import SingularityExecutor
 from runner.process.base import Command
@@ -102,7 +103,8 @@ async def test_the_command_lines(bench):
                 "--no-home",
                 "--no-privs",
             ),
-            *("--nv", "--workdir", str(container / "work"), "--bind", str(spec.run_dir)),
+            *("--nv", *kernelfiles.binds(container / "empty")),
+            *("--workdir", str(container / "work"), "--bind", str(spec.run_dir)),
             *("--pwd", str(spec.workspace), image, "/bin/sh", str(container / "program.sh")),
             *("python", "main.py", "a b", "$(id)"),
         )
