@@ -41,7 +41,8 @@ class Proxy:
 
     def refuse(self) -> None:
         """Accept no more: new connections are refused. Those that stand stay."""
-        listener, self._listener = self._listener, None
+        with self._lock:
+            listener, self._listener = self._listener, None
         if listener is not None:
             with contextlib.suppress(OSError):
                 listener.shutdown(socket.SHUT_RDWR)
@@ -88,8 +89,14 @@ class Proxy:
                 client.close()
                 continue
             server.settimeout(None)
-            self.connections += 1
             with self._lock:
+                if (
+                    self._listener is not listener
+                ):  # it was on its way when the rest was cut: `cut` has not seen it
+                    client.close()
+                    server.close()
+                    continue
+                self.connections += 1
                 self._pairs.append((client, server))
             for one in (client, server):
                 one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
