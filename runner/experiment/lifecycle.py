@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from runner.experiment.tools import Tools
     from runner.experiment.workspace import Workspace
     from runner.process.base import ProcessExit
+    from runner.process.cgroup import Group
     from runner.process.spawner import Process
     from runner.request.model import Container, Request, Resources
     from runner.resources.gpupool import Grant
@@ -231,7 +232,7 @@ class Experiment:
             extra_requirements=self.request.extra_requirements,
             gpus=bool(self.gpus),
             image=_image(self.request.container, self.workspace),
-            limits=_limits(self._granted, self._uuids),
+            limits=_limits(self._granted, self._uuids, enforced=self._tools.config.runs.enforce_limits),
         )
         async with self._tools.executor.prepare(spec, self.workspace.builder_log) as prepared:
             if (expired := self._expired()) is not None:
@@ -250,7 +251,7 @@ class Experiment:
             self._process = await self._tools.spawner.start(command)
             if self._stopping is not None:  # asked for while it was being started
                 self.stop(*self._stopping)
-            ended = await self._sampled(self._process)
+            ended = await self._sampled(self._process, prepared)
         if prepared.verdict is not None and not ended.stopped:
             ended = await prepared.verdict(ended)
         self._record.ended(ended)
@@ -267,15 +268,7 @@ class Experiment:
     @contextlib.asynccontextmanager
     async def _confined(self, prepared: Prepared) -> AsyncIterator[Command]:
         """The program as it is to be started: in a group of its own and under its own user, where that can be had."""
-        group = None
-        if (groups := self._tools.groups) is not None and (granted := self._granted) is not None:
-            ram_bytes = memory_ceiling(granted) if self._tools.config.runs.enforce_limits else 0
-            try:
-                group = await asyncio.to_thread(
-                    groups.make, self.workspace.run_id, cpus=granted.cpus, ram_bytes=ram_bytes
-                )
-            except OSError as exc:
-                log.warning("no control group can be made; what the run uses is measured", error=str(exc))
+        group = await self._group()
         env, user = prepared.env, None if prepared.as_daemon else self._tools.user
         try:
             if user is not None:
@@ -291,10 +284,32 @@ class Experiment:
                 group=group,
             )
         finally:
-            if group is not None and not group.gone():  # its supervisor was killed
-                await asyncio.to_thread(group.remove)
+            if (
+                group is not None and not group.gone()
+            ):  # nothing was started in it, or its supervisor was killed
+                await asyncio.to_thread(_clear, group)
 
-    async def _sampled(self, process: Process) -> ProcessExit:
+    async def _group(self) -> Group | None:
+        """A control group for it; None where none can be had."""
+        groups, granted = self._tools.groups, self._granted
+        if groups is None or granted is None:
+            return None
+        ram_bytes = memory_ceiling(granted) if self._tools.config.runs.enforce_limits else 0
+        making = asyncio.create_task(
+            asyncio.to_thread(groups.make, self.workspace.run_id, cpus=granted.cpus, ram_bytes=ram_bytes)
+        )
+        try:
+            return await asyncio.shield(making)
+        except asyncio.CancelledError:  # the thread makes it all the same
+            await asyncio.wait({making})
+            if making.exception() is None:
+                _clear(making.result())
+            raise
+        except OSError as exc:
+            log.warning("no control group can be made; what the run uses is measured", error=str(exc))
+            return None
+
+    async def _sampled(self, process: Process, prepared: Prepared) -> ProcessExit:
         """Wait for its end; what it uses is watched meanwhile, and held against what it was granted."""
         granted = self._granted
         if granted is None or process.supervisor_pid is None:
@@ -305,7 +320,8 @@ class Experiment:
             stop=lambda reason, text: self.stop(reason, text, OVER_LIMIT_GRACE_SECS),
         )
         with self._tools.sampler.watch(
-            process.supervisor_pid,
+            # What needs a cleanup runs elsewhere (in a container): below the supervisor is only its client.
+            None if prepared.cleanup else process.supervisor_pid,
             self.workspace.root,
             ram_bytes=memory_ceiling(granted),
             hdd_bytes=granted.hdd_bytes,
@@ -439,10 +455,17 @@ class Experiment:
             yield
 
 
-def _limits(granted: Resources | None, gpus: tuple[str, ...]) -> Limits:
+def _clear(group: Group) -> None:
+    """Blocking."""
+    group.kill()
+    group.remove()
+
+
+def _limits(granted: Resources | None, gpus: tuple[str, ...], *, enforced: bool) -> Limits:
     if granted is None:
         return Limits()
-    return Limits(cpus=granted.cpus, ram_bytes=granted.ram_bytes, hdd_bytes=granted.hdd_bytes, gpus=gpus)
+    ram_bytes = memory_ceiling(granted) if enforced else 0
+    return Limits(cpus=granted.cpus, ram_bytes=ram_bytes, hdd_bytes=granted.hdd_bytes, gpus=gpus)
 
 
 def _image(container: Container | None, workspace: Workspace) -> Image | None:

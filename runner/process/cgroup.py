@@ -58,16 +58,21 @@ class Group:
         return not os.path.isdir(self.path)  # noqa: PTH112 - pathlib costs megabytes here
 
     def remove(self) -> None:
-        """Remove it; nothing when it is gone. One that is not empty stays: the next start of a daemon removes it."""
+        """Remove it, with the groups that a workload has made in it; nothing when it is gone.
+
+        One that is not empty stays: the next start of a daemon removes it.
+        """
         until = time.monotonic() + _REMOVE_SECS
         while True:
-            try:
-                os.rmdir(self.path)  # noqa: PTH106 - pathlib costs megabytes here
-            except OSError as exc:
-                if exc.errno == errno.EBUSY and time.monotonic() < until:
-                    time.sleep(0.005)
-                    continue
-            return
+            for directory, _, _ in os.walk(self.path, topdown=False):
+                try:
+                    os.rmdir(directory)  # noqa: PTH106 - pathlib costs megabytes here
+                except OSError as exc:
+                    if exc.errno != errno.EBUSY:
+                        return
+            if self.gone() or time.monotonic() >= until:
+                return
+            time.sleep(0.005)
 
     def _number(self, name: str) -> int:
         text = self._read(name).strip()

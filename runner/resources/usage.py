@@ -23,7 +23,7 @@ import structlog
 from runner.resources import disk
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator, Sequence
+    from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from runner.process.base import ProcessExit
@@ -93,7 +93,7 @@ class Use:
     def told(self, ended: ProcessExit | None = None) -> dict[str, Any]:
         """For `runner` of the metadata document: peak and mean of each. `ended` tells of runs too short for samples."""
         cores, memory = self.cores, self.memory
-        if ended is not None and ended.elapsed_secs > 0:
+        if ended is not None and ended.elapsed_secs > 0 and ended.max_rss_bytes:  # 0: nobody knows
             mean = (ended.user_secs + ended.system_secs) / ended.elapsed_secs
             cores = Series(peak=max(cores.peak, mean), total=mean, count=1)
             if not memory.count:
@@ -115,7 +115,7 @@ class Use:
 class _Watched:
     """A run that is watched. `use` and what follows it belong to the loop."""
 
-    supervisor: int
+    supervisor: int | None
     directory: Path
     ram_bytes: int
     hdd_bytes: int
@@ -162,7 +162,7 @@ class Sampler:
     @contextlib.contextmanager
     def watch(
         self,
-        supervisor: int,
+        supervisor: int | None,
         directory: Path,
         *,
         ram_bytes: int = 0,
@@ -172,6 +172,7 @@ class Sampler:
     ) -> Iterator[Use]:
         """Watch a run while the context is open. `told` is called in the loop, and in this context, after each sample.
 
+        `supervisor` None: its processes are not below one, so that only its directory and its cards are measured.
         Above `ram_bytes` (0: no limit) memory is measured exactly; near `hdd_bytes` the directory is measured more often.
         """
         watched = _Watched(
@@ -213,8 +214,14 @@ class Sampler:
         while True:
             await asyncio.sleep(self._every_secs)
             await self._some.wait()
-            runs = list(self._watched)
-            samples, cost = await asyncio.to_thread(self._look, runs)
+            runs = {run: run.supervisor for run in self._watched if run.supervisor is not None}
+            if not runs:
+                continue
+            try:
+                samples, cost = await asyncio.to_thread(self._look, runs)
+            except OSError as exc:  # out of descriptors, say: no reason to end the daemon
+                log.warning("what runs use cannot be measured now", error=str(exc))
+                continue
             self._cost(cost)
             now = time.monotonic()
             for watched, sample in zip(runs, samples, strict=True):
@@ -222,9 +229,9 @@ class Sampler:
                     self._take(watched, sample, now)
             await asyncio.sleep(max(0.0, SHARE * cost - self._every_secs))
 
-    def _look(self, runs: Sequence[_Watched]) -> tuple[list[Sample], float]:
+    def _look(self, runs: Mapping[_Watched, int]) -> tuple[list[Sample], float]:
         began = time.thread_time()
-        samples = look([(run.supervisor, run.ram_bytes) for run in runs])
+        samples = look([(supervisor, run.ram_bytes) for run, supervisor in runs.items()])
         return samples, time.thread_time() - began
 
     async def _look_at_cards(self) -> None:

@@ -6,19 +6,22 @@ import asyncio
 import json
 import os
 import re
+import threading
 import urllib.error
 import urllib.request
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from runner.daemon import diskroom
+from runner.experiment import lifecycle
 from runner.process import cgroups
 from tests.integration.harness import LIMIT_SECS, Daemon, daemon
 from tests.servers import cgroup_tree
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from runner.process.cgroup import Group
 
 HOG = """
 import time
@@ -119,6 +122,39 @@ async def test_a_run_over_its_memory_is_ended_by_its_control_group(
         await running.submit("print('fine')", key="next")
         await running.settled()
         assert running.documents()[-1]["studioml"]["status"] == "completed"
+
+
+async def test_a_run_that_is_stopped_while_its_group_is_made_leaves_none(
+    tmp_path: Path, grouped: cgroups.Groups, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    making, go, stopped = asyncio.Event(), threading.Event(), asyncio.Event()
+    loop, made = asyncio.get_running_loop(), list[str]()
+    make, stop = grouped.make, lifecycle.Experiment.stop
+
+    def slowly(name: str, **limits: int) -> Group:
+        loop.call_soon_threadsafe(making.set)
+        go.wait(LIMIT_SECS)
+        group = make(name, **limits)
+        made.append(group.path)
+        return group
+
+    def stop_and_tell(*args: Any, **more: Any) -> None:
+        stop(*args, **more)
+        stopped.set()
+
+    monkeypatch.setattr(grouped, "make", slowly)
+    monkeypatch.setattr(lifecycle.Experiment, "stop", stop_and_tell)
+    async with daemon(tmp_path, runs={"grace_secs": 0.0}) as running:
+        await running.submit("print(1)")
+        async with asyncio.timeout(LIMIT_SECS):
+            await making.wait()
+            running.service.stop.drain.set()
+            running.service.stop.signalled.set()
+            await stopped.wait()
+        go.set()
+        await running.until(running.task.done)
+    (group,) = made
+    assert not Path(group).exists()
 
 
 @pytest.mark.usefixtures("measured")

@@ -213,6 +213,15 @@ async def test_a_workload_runs_in_its_group_which_is_gone_when_it_has_ended(
     assert not run.exists()
 
 
+async def test_groups_that_a_workload_has_made_in_its_own_go_with_it(
+    bench: Bench, starter: Spawner, limited: cgroups.Groups
+) -> None:
+    group = limited.make(f"deep-{uuid.uuid4().hex[:8]}", cpus=1, ram_bytes=1 << 30)
+    await starter.run(bench.shell(f"mkdir -p {group.path}/a/b {group.path}/c && echo made", group=group))
+    assert "made" in bench.text()
+    assert not Path(group.path).exists()
+
+
 async def test_a_group_is_killed_as_a_whole(bench: Bench, starter: Spawner, real_second: Path) -> None:
     run = real_second / "run"
     run.mkdir()

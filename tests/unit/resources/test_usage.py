@@ -165,6 +165,47 @@ while True:
     assert sum(costs) > 0
 
 
+async def test_of_a_run_elsewhere_only_its_directory_and_cards_are_measured(tmp_path: Path) -> None:
+    """Of a container the supervisor knows only a client, whose figures would be taken for the run's."""
+    (tmp_path / "file").write_bytes(bytes(MIB))
+
+    async def cards(uuids: Sequence[str], pids: Sequence[int]) -> Cards:
+        del uuids, pids
+        return Cards(memory_bytes=0, utilization=0.5)
+
+    enough = asyncio.Event()
+    sampler = Sampler(every_secs=0.01, cards=cards)
+    async with sampling(sampler), asyncio.timeout(60):
+        with sampler.watch(None, tmp_path, cards=("GPU-1",), told=lambda _: enough.set()) as use:
+            await enough.wait()
+            while not use.card_utilization.count:
+                await asyncio.sleep(0.01)
+    ended = base.ProcessExit(code=0, elapsed_secs=2, user_secs=0, system_secs=0, max_rss_bytes=0)
+    assert use.told(ended).keys() == {"samples", "disk_bytes", "gpu_utilization"}
+
+
+async def test_a_look_that_fails_does_not_end_the_sampling(
+    tmp_path: Path, spawner: Spawner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look = usage.look
+    failures = [OSError(24, "Too many open files")] * 2
+
+    def fail_first(runs: Sequence[tuple[int, int]]) -> list[usage.Sample]:
+        if failures:
+            raise failures.pop()
+        return look(runs)
+
+    monkeypatch.setattr(usage, "look", fail_first)
+    command = base.Command(argv=("sleep", "600"), env={}, cwd=tmp_path, output=tmp_path / "output")
+    process = await spawner.start(command)
+    async with sampling(sampler := Sampler(every_secs=0.01)), asyncio.timeout(60):
+        with sampler.watch(process.supervisor_pid, tmp_path, told=lambda _: None) as use:
+            while not use.memory.count:
+                await asyncio.sleep(0.01)
+    await process.stop(0)
+    assert not failures
+
+
 async def test_a_run_that_forks_with_much_memory_is_not_taken_for_one_that_uses_it(
     tmp_path: Path, spawner: Spawner
 ) -> None:
