@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from runner import errors
-from runner.executors import docker_args, docker_engine, program
+from runner.executors import builders, docker_args, docker_engine, program
 from runner.executors.base import Executor, Prepared
 from runner.executors.docker_container import Building
 from runner.executors.docker_images import Images, reference
@@ -47,8 +47,8 @@ _ENDED_BY_SIGNAL = (137, 143)
 #: An engine that is away when a daemon starts is asked again so often for what is left, then when the next run needs it.
 REAP_TRIES = 10
 REAP_PAUSE_SECS = 30.0
-#: How the clients of engines end: for want of the engine, or because the program was not there.
-_ENGINE_FAILED, _NOT_FOUND, _NOT_EXECUTABLE = 125, 127, 126
+#: How clients end when the program is not there.
+_NOT_FOUND, _NOT_EXECUTABLE = 127, 126
 
 
 class DockerExecutor(Executor):
@@ -149,7 +149,7 @@ class DockerExecutor(Executor):
         try:
             return self._identity.read_text().strip()
         except FileNotFoundError:
-            docker_args.write_private(self._identity, secrets.token_hex(8))
+            builders.write_private(self._identity, secrets.token_hex(8))
             return self._identity.read_text().strip()
 
     async def _sweep(self, engine: Engine) -> None:
@@ -233,8 +233,8 @@ class DockerExecutor(Executor):
             str(state.get("Error") or ""),
         )
         if (
-            ended.code == _ENGINE_FAILED
-            and code != _ENGINE_FAILED
+            ended.code == docker_engine.ENGINE_FAILED
+            and code != docker_engine.ENGINE_FAILED
             and status not in {"created", "configured"}
         ):
             # It began, and its client heard of no end: what killed it, if it is dead, was the engine's own end.

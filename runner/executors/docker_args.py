@@ -10,6 +10,7 @@ import re
 from typing import TYPE_CHECKING
 
 from runner import errors
+from runner.executors import builders
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -164,11 +165,11 @@ def write_variables(env: Mapping[str, str], private: Path, inside: Path, python:
             f"the variable {min(odd)!r} of config.env has a line break or is too long for an image's own program"
         )
     file = private / "container.env"
-    write_private(file, "".join(f"{name}={value}\n" for name, value in plain.items()))
+    builders.write_private(file, "".join(f"{name}={value}\n" for name, value in plain.items()))
     if not odd:
         return Variables(env_file=file, boot=())
     rest = inside / "environment.json"
-    write_private(rest, json.dumps(odd))
+    builders.write_private(rest, json.dumps(odd))
     return Variables(env_file=file, boot=(str(python), "-c", _BOOT, str(rest)))
 
 
@@ -182,10 +183,3 @@ def _is_plain(name: str, value: str) -> bool:
         and not {"\n", "\r"} & set(value)
         and len(line) < _MAX_LINE_BYTES
     )
-
-
-def write_private(file: Path, text: str) -> None:
-    """Write a file that only this user may read. Blocking; raises OSError."""
-    file.unlink(missing_ok=True)
-    file.touch(mode=0o600, exist_ok=False)
-    file.write_text(text)

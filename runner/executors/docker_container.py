@@ -7,7 +7,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from runner import errors
-from runner.executors import docker_args, docker_python
+from runner.executors import builders, docker_args, docker_python, imagepip
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from runner.executors.base import RunSpec
     from runner.executors.docker_engine import Answer, Engine
     from runner.executors.docker_images import EngineImage
+
+#: For the interpreter of an image to start, from a slow disk.
+PYTHON_SECS = 120.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +39,16 @@ class Building:
         return self.spec.run_dir / "env"
 
     async def pythons(self) -> list[docker_python.ImagePython]:
-        """What the image has of them."""
+        """What the image has of them. Raises errors.EnvironmentFailed when one does not answer, errors.Unreachable."""
         found = []
         for candidate in docker_python.CANDIDATES:
             answer = await self._run(
-                "python", candidate, docker_python.VERSION, has_overlay=False, timeout_secs=120
+                "python", candidate, docker_python.VERSION, has_overlay=False, timeout_secs=PYTHON_SECS
             )
+            if answer.ended.stopped:
+                raise errors.EnvironmentFailed(
+                    f"{candidate} of the image {self.image.name} has not told its version in {PYTHON_SECS:.0f} s"
+                )
             if (version := docker_python.version_of(answer)) is not None:
                 found.append(docker_python.ImagePython(program=candidate, version=version))
         return found
@@ -51,7 +58,7 @@ class Building:
 
         Raises errors.UnsupportedRequest, errors.EnvironmentFailed, errors.Unreachable.
         """
-        overlay = await docker_python.Overlay.of(self.spec, self.image.name)
+        overlay = await docker_python.Overlay.of(self.spec)
         if not overlay:
             return False, overlay.wanted.warnings
         if python is None:
@@ -62,10 +69,7 @@ class Building:
         warnings = overlay.wanted.warnings
         if overlay.contradicts_itself(answer):
             answer = await self._pip(python, overlay.arguments(with_dependencies=False))
-            warnings = (
-                *warnings,
-                "the pinned requirements contradict each other; they were installed as they stand",
-            )
+            warnings = (*warnings, imagepip.CONTRADICTION)
         if not answer.ok:
             raise overlay.failure(answer, network=self.place.network)
         return True, warnings
@@ -76,7 +80,7 @@ class Building:
             python.program,
             arguments,
             has_overlay=True,
-            timeout_secs=docker_python.INSTALL_SECS,
+            timeout_secs=builders.INSTALL_SECS,
             output=self.log,
         )
 
@@ -109,11 +113,11 @@ class Building:
         timeout_secs: float,
         output: Path | None = None,
     ) -> Answer:
-        """A short life in the same surroundings as the run's."""
+        """A short life in the same surroundings as the run's; one that is too long is ended, and no fault of the engine's."""
         async with self.named(self.engine, self.spec, what) as name:
             flags, boot = await self._flags(name, python, has_overlay=has_overlay)
             command = self._program(*boot, python, *arguments)
-            return await self.engine.ask("run", *flags, *command, timeout_secs=timeout_secs, output=output)
+            return await self.engine.run(name, *flags, *command, timeout_secs=timeout_secs, output=output)
 
     def _program(self, program: str, *arguments: str) -> tuple[str, ...]:
         """A program of the image in place of the image's own."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import dataclasses
 import json
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner import errors
+from runner.executors import builders
 from runner.process.base import Command
 
 if TYPE_CHECKING:
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from runner.process.base import ProcessExit
     from runner.process.spawner import Spawner
 
+#: How clients end for want of the engine.
+ENGINE_FAILED = 125
 #: For what an engine does at once unless it is in trouble.
 QUICK_SECS = 120.0
-TAIL_BYTES = 64 * 1024
-TAIL_LINES = 6  #: of what it said, in an error's text
 #: What the engine's client gets of the runner's environment: where its daemon is, and the operator's registries. Nothing of
 #: a message may be in there: the client runs on the host.
 _PASSED = re.compile(
@@ -57,8 +57,7 @@ class Answer:
     @property
     def last(self) -> str:
         """The last lines, for a person."""
-        lines = [line.strip() for line in self.text.splitlines() if line.strip()]
-        return "\n".join(lines[-TAIL_LINES:]) or str(self.ended)
+        return builders.last_lines(self.text) or str(self.ended)
 
     def parsed(self) -> dict[str, Any]:
         """The JSON object it said, among warnings; of a list, which is what podman makes of some, the first. Empty: none."""
@@ -108,19 +107,49 @@ class Engine:
 
         Cancelling it ends it. Raises `errors.Unreachable` when the engine's daemon does not answer, or not in time.
         """
-        with tempfile.TemporaryDirectory(prefix="studio-runner-engine-") as scratch:
-            file = output or Path(scratch, "said")
-            before = file.stat().st_size if file.exists() else 0
-            command = Command(argv=self.argv(*arguments), env=self.env, cwd=Path("/"), output=file)
-            ended = await self._spawner.run(command, timeout_secs=timeout_secs, grace_secs=2.0)
-            answer = Answer(ended=ended, text=await asyncio.to_thread(_read_from, file, before))
-        if ended.stopped:
+        answer = await self._answer(arguments, timeout_secs, output)
+        self._check(answer)
+        if answer.ended.stopped:
             raise errors.Unreachable(
                 f"{self.name} {arguments[0]} has not ended in {timeout_secs:.0f} s", endpoint=self.name
             )
+        return answer
+
+    async def run(
+        self, container: str, *arguments: str, timeout_secs: float, output: Path | None = None
+    ) -> Answer:
+        """A container to its end, or to that of its time (`Answer.ended.stopped`); it ends with this daemon, too.
+
+        Cancelling it ends its client; the container is the caller's to remove. Raises `errors.Unreachable`: the engine is away.
+        """
+        # What does not end when it is told to outlives its client.
+        cleanup = self.argv("kill", container)
+        answer = await self._answer(("run", *arguments), timeout_secs, output, cleanup)
+        if answer.ended.code == ENGINE_FAILED:  # else it is the program that speaks
+            self._check(answer)
+        return answer
+
+    async def _answer(
+        self,
+        arguments: tuple[str, ...],
+        timeout_secs: float,
+        output: Path | None,
+        cleanup: tuple[str, ...] = (),
+    ) -> Answer:
+        with tempfile.TemporaryDirectory(prefix="studio-runner-engine-") as scratch:
+            command = Command(
+                argv=self.argv(*arguments),
+                env=self.env,
+                cwd=Path("/"),
+                output=output or Path(scratch, "said"),
+                cleanup=cleanup,
+            )
+            ended, text = await builders.run(self._spawner, command, timeout_secs=timeout_secs)
+        return Answer(ended=ended, text=text)
+
+    def _check(self, answer: Answer) -> None:
         if not answer.ok and _AWAY.search(answer.text):
             raise errors.Unreachable(f"{self.name} does not answer: {answer.last}", endpoint=self.name)
-        return answer
 
     def argv(self, *arguments: str) -> tuple[str, ...]:
         """A command of it."""
@@ -155,9 +184,3 @@ def find(wanted: str, environ: Mapping[str, str]) -> Path | None:
     path = environ.get("PATH")
     names = {"auto": ("docker", "podman"), "off": ()}.get(wanted, (wanted,))
     return next((Path(found) for name in names if (found := shutil.which(name, path=path))), None)
-
-
-def _read_from(file: Path, start: int) -> str:
-    with file.open("rb") as output:
-        output.seek(max(start, output.seek(0, 2) - TAIL_BYTES))
-        return output.read().decode(errors="replace")

@@ -7,17 +7,15 @@ import dataclasses
 import re
 from typing import TYPE_CHECKING
 
-from runner import errors
-from runner.executors import docker_args, requirements
+from runner.executors import imagepip, requirements
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from runner import errors
     from runner.executors.base import RunSpec
     from runner.executors.docker_engine import Answer
 
-#: For a build from source of something large.
-INSTALL_SECS = 3600.0
 CANDIDATES = ("python", "python3")
 #: What each is asked.
 VERSION = ("-c", "import sys; print('Python=%d.%d.%d' % sys.version_info[:3])")
@@ -28,11 +26,6 @@ _INSTALL = (
     "os.execv(sys.executable, [sys.executable, '-m', 'pip', 'install'] + "
     "(['--user'] if own else ['--target', sys.argv[1]]) + sys.argv[2:])"
 )
-_UNREACHABLE = re.compile(
-    r"NewConnectionError|ConnectTimeout|Max retries exceeded|Read timed out|Temporary failure in name resolution|"
-    r"Network is unreachable|Connection refused|ProxyError|Could not fetch URL|HTTP error 5\d\d|Connection reset"
-)
-_CONFLICT = re.compile(r"ResolutionImpossible|conflicting dependencies")
 _NO_PIP = re.compile(r"No module named '?pip'?")
 
 
@@ -56,10 +49,9 @@ class Overlay:
 
     wanted: requirements.Requirements
     directory: Path  #: in the run's own
-    image: str
 
     @classmethod
-    async def of(cls, spec: RunSpec, image: str) -> Overlay:
+    async def of(cls, spec: RunSpec) -> Overlay:
         """From the lines of a run. Raises errors.UnsupportedRequest for a line that nobody can make sense of."""
         wanted = await asyncio.to_thread(
             requirements.normalise,
@@ -68,7 +60,7 @@ class Overlay:
             workspace=spec.workspace,
             gpus=spec.gpus,
         )
-        return cls(wanted=wanted, directory=spec.run_dir / "env", image=image)
+        return cls(wanted=wanted, directory=spec.run_dir / "env")
 
     def __bool__(self) -> bool:
         """Whether there is anything to do."""
@@ -92,21 +84,14 @@ class Overlay:
 
     def write(self) -> None:
         """Write the lines down, for pip. Blocking; raises OSError."""
-        lines = [*self.wanted.options, *(line.text for line in self.wanted.lines)]
-        docker_args.write_private(self.directory / "requirements.txt", "\n".join(lines) + "\n")
+        imagepip.write(self.directory / "requirements.txt", self.wanted)
 
     def contradicts_itself(self, answer: Answer) -> bool:
-        """A `pip freeze` of packages that contradict each other, and yet did work together: taken as it stands."""
-        return not answer.ok and self.wanted.pinned and _CONFLICT.search(answer.text) is not None
+        """It failed, and does not with the lines as they stand."""
+        return not answer.ok and imagepip.contradicts_itself(self.wanted, answer.text)
 
     def failure(self, answer: Answer, *, network: str) -> errors.RunnerError:
-        """Why it could not be installed. A server that the message names is its own fault, and no network the operator's will."""
-        said = requirements.redacted(answer.last)
+        """Why it could not be installed."""
         if _NO_PIP.search(answer.text):
-            return errors.UnsupportedRequest(
-                f"the image {self.image} has no pip to install requirement lines with: leave them out, or use another image"
-            )
-        named = any(host in answer.text for host in self.wanted.hosts)
-        if _UNREACHABLE.search(answer.text) and not named and network != "none":
-            return errors.Unreachable(f"the package index does not answer: {said}", endpoint="package index")
-        return errors.EnvironmentFailed(f"requirement lines cannot be installed in the container: {said}")
+            return imagepip.missing()
+        return imagepip.failure(answer.ended, answer.text, self.wanted, has_network=network != "none")

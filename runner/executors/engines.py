@@ -10,7 +10,7 @@ import shutil
 from typing import TYPE_CHECKING
 
 from runner import errors
-from runner.executors import kernelfiles
+from runner.executors import builders, kernelfiles
 from runner.process.base import Command
 
 if TYPE_CHECKING:
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 FETCH_TIMEOUT_SECS = 3600.0
 VERSION_TIMEOUT_SECS = 30.0
-TAIL_BYTES = 64 * 1024
-TAIL_LINES = 12  #: of a builder's output in an error's text
 _NAMES = ("apptainer", "singularity")
 #: What a container's starter gets of the runner's environment; it passes none of it on.
 _OF_THE_RUN = re.compile(
@@ -120,7 +118,7 @@ class Builder:
         """
         argv = (engine.path, "pull", "--disable-cache", "--force", str(target), str(reference))
         env = only(self._environ, builder=True) | scratch_variables(target.parent)
-        ended, said = await run(
+        ended, said = await builders.run(
             self._spawner,
             Command(argv=argv, env=env, cwd=target.parent, output=log_file),
             timeout_secs=FETCH_TIMEOUT_SECS,
@@ -133,8 +131,8 @@ class Builder:
         """What the engine says of itself ("apptainer version 1.4.5"); empty when it says nothing."""
         output = folder / "version.txt"
         command = Command(argv=(engine.path, "--version"), env=only(self._environ), cwd=folder, output=output)
-        ended = await self._spawner.run(command, timeout_secs=VERSION_TIMEOUT_SECS)
-        return (await asyncio.to_thread(read_from, output, 0)).strip()[:200] if ended.ok else ""
+        ended, said = await builders.run(self._spawner, command, timeout_secs=VERSION_TIMEOUT_SECS)
+        return said.strip()[:200] if ended.ok else ""
 
 
 def only(environ: Mapping[str, str], *, builder: bool = False) -> dict[str, str]:
@@ -163,31 +161,9 @@ def is_image(file: Path) -> bool:
     )
 
 
-async def run(spawner: Spawner, command: Command, *, timeout_secs: float) -> tuple[ProcessExit, str]:
-    """Runs a builder; how it ended, and what it printed when that was not well."""
-    before = await asyncio.to_thread(_size, command.output)
-    ended = await spawner.run(command, timeout_secs=timeout_secs, grace_secs=2.0)
-    return ended, "" if ended.ok else await asyncio.to_thread(read_from, command.output, before)
-
-
-def last_lines(said: str) -> str:
-    """The end of what a builder printed, for an error's text."""
-    lines = [
-        re.sub(r"(?<=://)[^/@\s]+@", "***@", line.rstrip()) for line in said.splitlines() if line.strip()
-    ]
-    return "\n".join(lines[-TAIL_LINES:])
-
-
-def read_from(file: Path, start: int) -> str:
-    """The file from there on, at most its last `TAIL_BYTES`. Blocks."""
-    with file.open("rb") as output:
-        output.seek(max(start, output.seek(0, 2) - TAIL_BYTES))
-        return output.read().decode(errors="replace")
-
-
 def _failure(engine: Engine, reference: Reference, ended: ProcessExit, said: str) -> errors.RunnerError:
     how = f"stopped after {FETCH_TIMEOUT_SECS:.0f} s" if ended.stopped else str(ended)
-    tail = last_lines(said)
+    tail = builders.last_lines(said)
     if _UNREACHABLE.search(said):
         return errors.Unreachable(
             f"the image {reference} cannot be fetched, its server does not answer: {tail}",
@@ -196,7 +172,3 @@ def _failure(engine: Engine, reference: Reference, ended: ProcessExit, said: str
     if _NO_SUCH_IMAGE.search(said):
         return errors.UnsupportedRequest(f"there is no image {reference} for this host: {tail}")
     return errors.EnvironmentFailed(f"the image {reference} cannot be made ({engine.name}: {how}): {tail}")
-
-
-def _size(file: Path) -> int:
-    return file.stat().st_size if file.exists() else 0

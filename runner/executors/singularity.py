@@ -6,15 +6,13 @@ import asyncio
 import contextlib
 import dataclasses
 import os
-import re
-import shlex
 import signal
 from typing import TYPE_CHECKING
 
 import structlog
 
 from runner import errors
-from runner.executors import engines, imageref, program, requirements
+from runner.executors import builders, engines, imagepip, imageref, program, requirements
 from runner.executors.base import Executor, Prepared
 from runner.executors.engines import Builder, Engine
 from runner.executors.imagecache import ImageCache
@@ -28,19 +26,10 @@ if TYPE_CHECKING:
     from runner.config import Images
     from runner.executors.base import Image, RunSpec
     from runner.executors.imagecache import Lease
-    from runner.executors.requirements import Requirements
     from runner.process.base import ProcessExit
     from runner.process.spawner import Spawner
 
 log = structlog.get_logger(__name__)
-
-INSTALL_TIMEOUT_SECS = 3600.0
-_CONFLICT = re.compile(r"ResolutionImpossible|conflicting dependencies")
-# How pip words that its index could not be reached, or answered 5xx.
-_UNREACHABLE = re.compile(
-    r"Failed to establish a new connection|NewConnectionError|Temporary failure in name resolution|ReadTimeoutError|"
-    r"ConnectTimeoutError|ProxyError|Connection broken|\b5\d\d Server Error|too many 5\d\d error responses"
-)
 
 
 class SingularityExecutor(Executor):
@@ -145,15 +134,22 @@ class SingularityExecutor(Executor):
         )
         if not wanted.lines:
             return wanted.warnings
-        await asyncio.to_thread(container.write_requirements, wanted)
+        await asyncio.to_thread(imagepip.write, container.requirements, wanted)
         options = ("--pre",) if wanted.prereleases else ()
         ended, said = await self._pip(container, options, env, log)
-        if not ended.ok and wanted.pinned and _CONFLICT.search(said):
-            # A `pip freeze` of an environment whose pins contradict each other, but which did work.
+        warnings = wanted.warnings
+        if not ended.ok and imagepip.contradicts_itself(wanted, said):
             ended, said = await self._pip(container, (*options, "--no-deps"), env, log)
+            warnings = (*warnings, imagepip.CONTRADICTION)
+        if ended.code == NO_PYTHON:
+            raise errors.UnsupportedRequest(
+                "the image has no Python on its PATH, and the message wants packages"
+            )
+        if ended.code == NO_PIP:
+            raise imagepip.missing()
         if not ended.ok:
-            raise _pip_failure(ended, said, wanted)
-        return wanted.warnings
+            raise imagepip.failure(ended, said, wanted)
+        return warnings
 
     async def _pip(
         self, container: _Container, options: tuple[str, ...], env: Mapping[str, str], log: Path
@@ -174,7 +170,7 @@ class SingularityExecutor(Executor):
             cwd=container.spec.workspace,
             output=log,
         )
-        return await engines.run(self._spawner, command, timeout_secs=INSTALL_TIMEOUT_SECS)
+        return await builders.run(self._spawner, command, timeout_secs=builders.INSTALL_SECS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -207,14 +203,6 @@ class _Container:
         for name in ("work", "empty"):
             (self.folder / name).mkdir(mode=0o700)
         self.inside.write()
-
-    def write_requirements(self, wanted: Requirements) -> None:
-        """For pip; options of it may hold credentials. Blocks."""
-        # pip reads option lines as a shell would.
-        options = (option.split(" ", 1) for option in wanted.options)
-        lines = [f"{name} {shlex.quote(value)}" for name, value in options]
-        self.requirements.touch(mode=0o600)
-        self.requirements.write_text("\n".join((*lines, *(line.text for line in wanted.lines))) + "\n")
 
     def argv(self, words: tuple[str, ...]) -> tuple[str, ...]:
         """The engine's command line for `words` in the image."""
@@ -252,20 +240,3 @@ def _verdict(engine: Engine, inside: Inside) -> Callable[[ProcessExit], Awaitabl
         return ended
 
     return verdict
-
-
-def _pip_failure(ended: ProcessExit, said: str, wanted: Requirements) -> errors.RunnerError:
-    tail = engines.last_lines(said)
-    if ended.code == NO_PYTHON:
-        return errors.UnsupportedRequest(
-            "the image has no Python on its PATH, and the message wants packages"
-        )
-    if ended.code == NO_PIP:
-        return errors.UnsupportedRequest(
-            "the image has no pip, and the message wants packages: put them into the image, or send no pythonenv"
-        )
-    named = any(host in said for host in wanted.hosts)
-    if _UNREACHABLE.search(said) and not named:
-        return errors.Unreachable(f"the package index does not answer: {tail}", endpoint="package index")
-    how = f"stopped after {INSTALL_TIMEOUT_SECS:.0f} s" if ended.stopped else str(ended)
-    return errors.EnvironmentFailed(f"the packages cannot be installed in the container (pip: {how}): {tail}")

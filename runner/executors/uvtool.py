@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from runner import errors
-from runner.executors.requirements import redacted
+from runner.executors import builders
 from runner.process.base import Command
 
 if TYPE_CHECKING:
@@ -22,10 +22,7 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-INSTALL_TIMEOUT_SECS = 3600.0  #: for a build from source of something large
 CLEAN_TIMEOUT_SECS = 600.0
-TAIL_BYTES = 64 * 1024
-TAIL_LINES = 12  #: of uv's output in an error's text
 #: What uv and the builds of source archives get of the runner's environment. No credentials but the index's own.
 PASSED = re.compile(
     r"HOME|PATH|LANG|LC_[A-Z]+|TMPDIR|TZ|USER|LOGNAME|XDG_\w+|(?i:https?|all|no)_PROXY|(?i:https?|all|no)_proxy"
@@ -70,7 +67,7 @@ class Uv:
         """
         file = scratch / "requirements.txt"
         texts = [*wanted.options, *(line.text for line in wanted.lines), *seeds]
-        await asyncio.to_thread(_write_private, file, "\n".join(texts) + "\n")
+        await asyncio.to_thread(builders.write_private, file, "\n".join(texts) + "\n")
         options = ["--prerelease=allow"] if wanted.prereleases else []
         argv = ("pip", "install", "--python", str(python), "--requirement", str(file), *options)
         env = dict(self._env)
@@ -105,20 +102,18 @@ class Uv:
         """Empties the package cache. Environments built from it are not touched; the next builds download again."""
         ended, said = await self._run(("cache", "clean"), self._env, scratch, scratch / "uv-cache-clean.log")
         if not ended.ok:
-            log.warning("package cache not cleaned", exit=str(ended), output=_last_lines(said))
+            log.warning("package cache not cleaned", exit=str(ended), output=builders.last_lines(said))
 
     async def _run(
         self, argv: Sequence[str], env: Mapping[str, str], cwd: Path, output: Path
     ) -> tuple[ProcessExit, str]:
         from uv import find_uv_bin
 
-        before = await asyncio.to_thread(_size, output)
         command = Command(
             argv=(find_uv_bin(), "--no-progress", "--color", "never", *argv), env=env, cwd=cwd, output=output
         )
-        limit = CLEAN_TIMEOUT_SECS if argv[0] == "cache" else INSTALL_TIMEOUT_SECS
-        ended = await self._spawner.run(command, timeout_secs=limit, grace_secs=2.0)
-        return ended, "" if ended.ok else await asyncio.to_thread(_read_from, output, before)
+        limit = CLEAN_TIMEOUT_SECS if argv[0] == "cache" else builders.INSTALL_SECS
+        return await builders.run(self._spawner, command, timeout_secs=limit)
 
 
 def _environment(environ: Mapping[str, str]) -> dict[str, str]:
@@ -134,34 +129,14 @@ def _environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _failure(ended: ProcessExit, said: str, wanted: Requirements) -> errors.RunnerError:
-    tail = _last_lines(said)
+    tail = builders.last_lines(said)
     named = sorted(host for host in wanted.hosts if host in said)
     if _UNREACHABLE.search(said) and not named:
         return errors.Unreachable(f"the package index does not answer: {tail}", endpoint="package index")
-    how = f"stopped after {INSTALL_TIMEOUT_SECS:.0f} s" if ended.stopped else str(ended)
+    how = f"stopped after {builders.INSTALL_SECS:.0f} s" if ended.stopped else str(ended)
     return errors.EnvironmentFailed(f"the Python environment cannot be built (uv: {how}): {tail}")
-
-
-def _last_lines(said: str) -> str:
-    lines = [line.rstrip() for line in said.splitlines() if line.strip()]
-    return redacted("\n".join(lines[-TAIL_LINES:]))
-
-
-def _write_private(file: Path, text: str) -> None:
-    file.touch(mode=0o600)
-    file.write_text(text)
 
 
 def _append(source: Path, target: Path) -> None:
     with target.open("ab") as file:
         file.write(source.read_bytes())
-
-
-def _size(file: Path) -> int:
-    return file.stat().st_size if file.exists() else 0
-
-
-def _read_from(file: Path, start: int) -> str:
-    with file.open("rb") as output:
-        output.seek(max(start, output.seek(0, 2) - TAIL_BYTES))
-        return output.read().decode(errors="replace")

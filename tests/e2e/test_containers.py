@@ -87,7 +87,9 @@ raise SystemExit(4)
     assert not list((daemon.working_dir / "runs").iterdir())
 
 
-def test_a_run_whose_time_is_over_ends_with_its_container(daemons: MakeDaemon, docker: DockerServer):
+def test_runs_whose_time_is_over_end_with_their_containers_also_those_that_ignore_it(
+    daemons: MakeDaemon, docker: DockerServer
+):
     daemon = serving(daemons, docker)
     script = """
 import signal, sys, time
@@ -98,57 +100,44 @@ signal.signal(signal.SIGTERM, end)
 print("begun", flush=True)
 time.sleep(600)
 """
-    put(daemon, body(daemon, script, "k", max_duration="6s"))
-    run = ended(daemon, "k")
-    assert (run["status"], run["reason"]) == ("failed", "timeout")
+    stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('begun', flush=True)\nwhile True: time.sleep(60)"
+    put(daemon, body(daemon, script, "k1", max_duration="5s"))
+    put(daemon, body(daemon, stubborn, "k2", max_duration="5s"), "m2")
+    for key in ("k1", "k2"):
+        run = ended(daemon, key)
+        assert (run["status"], run["reason"]) == ("failed", "timeout")
     # Where the machine was so slow that it had not begun, there was nothing to be saved.
-    said = printed(daemon.storage, "k")
+    said = printed(daemon.storage, "k1")
     assert "saved" in said or "begun" not in said
     assert docker.containers() == []
 
 
-def test_a_deleted_queue_ends_its_containers_also_those_that_ignore_it(
-    daemons: MakeDaemon, docker: DockerServer
-):
-    daemon = serving(daemons, docker)
-    script = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('begun', flush=True); time.sleep(600)"
-    put(daemon, body(daemon, script, "k"))
-    daemon.until(
-        lambda: any(
-            path.read_text() for path in daemon.working_dir.glob("runs/*/experiments/*/output/output")
-        )
-    )
-    assert len(docker.containers()) == 1
-    for path in sorted((daemon.queue_root / QUEUE).iterdir()):
-        path.unlink()
-    (daemon.queue_root / QUEUE).rmdir()
-    run = ended(daemon, "k")
-    assert (run["status"], run["reason"]) == ("stopped", "queue-deleted")
-    assert docker.containers() == []
-
-
-def test_a_killed_daemon_leaves_no_container_behind_its_next_start(
+def test_a_killed_daemon_leaves_no_container_running_and_its_next_start_none_at_all(
     daemons: MakeDaemon, docker: DockerServer, tmp_path: pathlib.Path
 ):
     daemon = serving(daemons, docker)
     script = """
-import os, time
+import os, signal, time
 first = not os.path.exists("../modeldir/model")
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
 print("begun", flush=True)
-open("../modeldir/model", "w").write("x")
 while first:
-    time.sleep(0.05)
+    time.sleep(60)
 """
-    put(
-        daemon,
-        body(daemon, script, "k", config={"saveWorkspaceFrequency": "10s", "container": {"image": PYTHON}}),
-    )
-    (first,) = daemon.until(docker.containers)
-    daemon.until((daemon.storage / "experiments/k/modeldir.tar").exists)  # the second attempt will have it
+    put(daemon, body(daemon, script, "k"))
+    outputs = "runs/*/experiments/*/output/output"
+    daemon.until(lambda: any(path.read_text() for path in daemon.working_dir.glob(outputs)))
+    (first,) = docker.containers()
     daemon.kill()
+    daemon.until(lambda: not docker.docker("ps", "--quiet", check=True).stdout)  # nobody else ends it
+    assert docker.containers() == [first]
+    model = tmp_path / "model"
+    model.write_text("of a checkpoint")  # the second attempt will have it
+    (daemon.storage / "experiments" / "k").mkdir(parents=True, exist_ok=True)
+    with tarfile.open(daemon.storage / "experiments" / "k" / "modeldir.tar", "w") as archive:
+        archive.add(model, "model")
     daemon.start()
     run = ended(daemon, "k")
     assert (run["status"], run["attempt"]) == ("completed", 2)  # the first was counted
-    assert first not in docker.containers()
     daemon.until(lambda: not docker.containers())
     assert daemon.stop() == 0

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shlex
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from runner import config, errors
 from runner.executors import docker as docker_module
+from runner.executors import docker_container
 from runner.executors.base import Executor, Image, Limits, Prepared, RunSpec
 from runner.executors.docker import DockerExecutor
 from runner.executors.registry import Executors
@@ -211,12 +213,35 @@ async def test_requirement_lines_are_a_step_before_the_run(place):
             "No matching distribution",
         ),
         ("/usr/bin/python: No module named pip", errors.UnsupportedRequest, "has no pip"),
+        # Words of the message's, not of the engine's client.
+        ("setup.py: Cannot connect to the Docker daemon", errors.EnvironmentFailed, "exit code 1"),
     ],
 )
 async def test_requirement_lines_that_cannot_be_installed(place, said, error, match):
     place.double.answer("run", "--requirement", text=said, code=1)
     with pytest.raises(error, match=match):
         await place.prepared(place.spec(requirements=("six",)))
+
+
+async def test_containers_that_make_a_run_ready_end_with_the_daemon_too(place):
+    prepared = await place.prepared(place.spec(requirements=("six",)))
+    killed = [argv[1] for argv in place.double.commands("kill")]
+    assert (
+        killed == names(place)[:-1]
+    )  # those of the look for Python, and of pip; the run's is its supervisor's
+    assert prepared.cleanup[-1] == names(place)[-1]
+
+
+async def test_a_python_that_does_not_answer_is_an_attempt_that_failed(place, monkeypatch):
+    monkeypatch.setattr(docker_container, "PYTHON_SECS", 0.001)
+    with pytest.raises(errors.EnvironmentFailed, match="has not told its version"):
+        await place.prepared(place.spec())
+
+
+async def test_option_lines_arrive_at_pip_as_they_are(place):
+    await place.prepared(place.spec(requirements=("--find-links .", "six")))
+    first = (place.root / "env" / "requirements.txt").read_text().splitlines()[0]
+    assert shlex.split(first) == ["--find-links", str(place.workspace)]  # with a comma and a quote in it
 
 
 async def test_pins_that_contradict_each_other_are_taken_as_they_stand(place):
