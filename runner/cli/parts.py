@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING
 from runner.credentials.accounts import Account, Pubsub, QueueDirectory, Rabbitmq, Sqs
 from runner.credentials.watch import Watch
 from runner.daemon.service import Parts
-from runner.executors.docker import DockerExecutor
-from runner.executors.registry import Executors
-from runner.executors.singularity import SingularityExecutor
+from runner.executors.registry import Executors, Later
 from runner.executors.venv import VenvExecutor
 from runner.storage.cache import ArtifactCache
 from runner.storage.registry import Stores
@@ -21,6 +19,7 @@ if TYPE_CHECKING:
     from typing import Literal
 
     from runner.config import Config
+    from runner.executors.base import Executor
     from runner.process.spawner import Spawner
     from runner.queues.base import QueueBackend
     from runner.telemetry.metrics import Metrics
@@ -109,10 +108,20 @@ def _sqs(config: Config, account: Sqs) -> QueueBackend:
 
 
 def _executors(config: Config, spawner: Spawner) -> Executors:
+    def docker() -> Executor:
+        from runner.executors.docker import DockerExecutor
+
+        return DockerExecutor(config.containers, config.paths.state_dir, spawner)
+
+    def singularity() -> Executor:
+        from runner.executors.singularity import SingularityExecutor
+
+        return SingularityExecutor(config.images, spawner)
+
     return Executors(
         venv=VenvExecutor(config.environments, spawner),
-        docker=DockerExecutor(config.containers, config.paths.state_dir, spawner),
-        singularity=SingularityExecutor(config.images, spawner),
+        docker=Later(docker, trace=config.paths.state_dir / "containers"),
+        singularity=Later(singularity, trace=config.images.cache_dir / "images"),
     )
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 from typing import TYPE_CHECKING
 
 from runner import errors
 from runner.executors.base import Executor
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
     from runner.executors.base import Prepared, RunSpec
@@ -20,6 +21,38 @@ _TO_DO = {
     "docker": "install docker or podman, or name one with --container-engine",
     "singularity": "install apptainer",
 }
+
+
+class Later(Executor):
+    """An executor that is made, and its modules imported, when a run wants it: most daemons never do."""
+
+    def __init__(self, make: Callable[[], Executor], trace: Path) -> None:
+        """`trace` is there when it has been used here before: then something of earlier runs may be left or kept."""
+        self._make = make
+        self._trace = trace
+
+    @functools.cached_property
+    def _made(self) -> Executor:
+        return self._make()
+
+    @contextlib.asynccontextmanager
+    async def prepare(self, spec: RunSpec, log: Path) -> AsyncIterator[Prepared]:
+        """See `Executor.prepare`."""
+        async with self._made.prepare(spec, log) as prepared:
+            yield prepared
+
+    def check(self, engine: str | None) -> None:
+        """See `Executor.check`."""
+        self._made.check(engine)
+
+    async def reap(self) -> None:
+        """See `Executor.reap`."""
+        if self._trace.exists():
+            await self._made.reap()
+
+    async def make_room(self, bytes_needed: int) -> int:
+        """See `Executor.make_room`."""
+        return await self._made.make_room(bytes_needed) if self._trace.exists() else 0
 
 
 class Executors(Executor):
