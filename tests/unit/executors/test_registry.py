@@ -11,18 +11,17 @@ from runner.executors.registry import Executors, Later
 
 
 class Counted(Executor):
-    made = 0
+    made = reaped = 0
 
     def __init__(self) -> None:
         Counted.made += 1
-        self.reaped = False
 
     @contextlib.asynccontextmanager
     async def prepare(self, spec, log):
         yield Prepared(argv=("true",), env={})
 
     async def reap(self) -> None:
-        self.reaped = True
+        Counted.reaped += 1
 
     async def make_room(self, bytes_needed: int) -> int:
         return bytes_needed
@@ -30,7 +29,7 @@ class Counted(Executor):
 
 @pytest.fixture(autouse=True)
 def none_made():
-    Counted.made = 0
+    Counted.made = Counted.reaped = 0
 
 
 async def test_what_nobody_uses_is_not_made(tmp_path):
@@ -47,6 +46,6 @@ async def test_what_an_earlier_daemon_used_is_made_to_see_to_what_it_left(tmp_pa
     (tmp_path / "trace").mkdir()
     later = Later(Counted, tmp_path / "trace")
     await later.reap()
-    assert later._made.reaped
+    assert Counted.reaped == 1
     assert await later.make_room(7) == 7
     assert Counted.made == 1
