@@ -353,12 +353,17 @@ _ROLLUP = (b"Pss", b"Pss_Anon", b"Pss_Shmem", b"SwapPss")
 
 def _exact(pids: Sequence[int], proc: str) -> int:
     """Each shared page counts once. 0 when the kernel does not tell."""
-    total = 0
+    total, told = 0, False
     for pid in pids:
         part = _fields(f"{proc}/{pid}/smaps_rollup", _ROLLUP)
+        if not part:  # it has ended; or it lets nobody look into it, and then all it has is its own
+            part = _fields(f"{proc}/{pid}/status", _STATUS)
+            total += part.get(b"RssAnon", 0) + part.get(b"VmSwap", 0)
+            continue
+        told = True
         resident = part.get(b"Pss_Anon", 0) + part.get(b"Pss_Shmem", 0)
         total += (resident if b"Pss_Anon" in part else part.get(b"Pss", 0)) + part.get(b"SwapPss", 0)
-    return total
+    return total if told else 0
 
 
 def _process(path: str) -> _Process | None:

@@ -65,6 +65,13 @@ def test_above_its_limit_pages_that_forks_share_count_once(tmp_path):
     assert usage.look([(10, above * KIB)], str(tmp_path))[0].memory_bytes == 4 * 351 * KIB
 
 
+def test_a_process_that_lets_nobody_look_into_it_hides_no_memory(tmp_path):
+    process(tmp_path, 10, 1)
+    process(tmp_path, 11, 10, RssAnon=100, Pss_Anon=50)
+    process(tmp_path, 12, 10, RssAnon=1000, VmSwap=1)
+    assert usage.look([(10, KIB)], str(tmp_path))[0].memory_bytes == 1051 * KIB
+
+
 def test_a_kernel_that_does_not_tell_what_is_shared(tmp_path):
     process(tmp_path, 10, 1)
     process(tmp_path, 11, 10, RssAnon=1000)
