@@ -203,16 +203,26 @@ class Admission:
         state.found_room(delivery.digest)
 
     async def _elsewhere(self, state: QueueState, delivery: Delivery, exc: errors.NotForThisHost) -> None:
-        wait = state.back_off(str(exc), at_least_secs=queuestate.ELSEWHERE_SECS)
-        if state.left != delivery.digest:  # said once for each message, while it is the one that comes
-            state.left = delivery.digest
-            log.warning("left to other hosts", queue=str(state.ref), why=str(exc), retry_secs=round(wait))
-        await self._put_back(delivery)  # at once: other hosts are to have it
+        """Other hosts are to have it, at once. What they have not taken is held here for a while before they may again.
+
+        It would be the next one again, for ever: a message that is put back returns to the head of its queue.
+        """
+        if state.crowded(delivery.digest).put_backs:
+            self._park(state, delivery, None, str(exc))
+        else:
+            await self._leave(state, delivery, str(exc))
+
+    async def _leave(self, state: QueueState, delivery: Delivery, why: str) -> None:
+        first = not state.crowded(delivery.digest).put_backs
+        rest = round(state.leave(delivery, why))
+        say = log.warning if first else log.debug
+        say("left to other hosts", queue=str(state.ref), why=why, retry_secs=rest)
+        await self._put_back(delivery)
 
     # -- parked
 
-    def _park(self, state: QueueState, delivery: Delivery, request: Request, lacking: str) -> None:
-        """Hold it until there is room for it, while what comes behind it is looked at."""
+    def _park(self, state: QueueState, delivery: Delivery, request: Request | None, lacking: str) -> None:
+        """Hold it until there is room for it, or (`request` is None) for a while, and look at what comes behind it."""
         parked = queuestate.Parked(
             delivery=delivery, request=request, lacking=lacking, since=time.monotonic()
         )
@@ -227,6 +237,9 @@ class Admission:
         delivery, request = parked.delivery, parked.request
         lost = asyncio.create_task(delivery.lost.wait(), name=f"parked {state.ref} lost")
         try:
+            if request is None:
+                await asyncio.wait({lost}, timeout=state.park_secs(delivery))
+                return
             allocation = await self.room(
                 state,
                 request.resources,
@@ -238,7 +251,7 @@ class Admission:
                 allocation.release()
             else:
                 state.parked.remove(parked)
-                await self._guarded(state, delivery, self._begin(state, parked, allocation))
+                await self._guarded(state, delivery, self._begin(state, delivery, request, allocation))
         except errors.NoCapacity:
             pass
         except errors.NotForThisHost as exc:  # a disk that others have filled
@@ -249,8 +262,10 @@ class Admission:
             parked.over = True
             state.changed()
 
-    async def _begin(self, state: QueueState, parked: queuestate.Parked, allocation: Allocation) -> None:
-        self._start(state, parked.delivery, parked.request, allocation)
+    async def _begin(
+        self, state: QueueState, delivery: Delivery, request: Request, allocation: Allocation
+    ) -> None:
+        self._start(state, delivery, request, allocation)
 
     async def room(
         self,
@@ -285,8 +300,11 @@ class Admission:
 
     async def give_back(self, state: QueueState) -> None:
         """Put back what was parked for as long as it may be. Not while the queue's consumer asks: it would come at once."""
-        for parked in [each for each in state.parked if each.over]:
+        while parked := next((each for each in state.parked if each.over), None):
             state.parked.remove(parked)
+            if parked.request is None:
+                await self._leave(state, parked.delivery, parked.lacking)
+                continue
             rest = state.put_back(parked.delivery, parked.request.resources)
             log.info(
                 "put back for want of room",
@@ -300,11 +318,14 @@ class Admission:
 
     async def clear(self, state: QueueState) -> None:
         """Put back all that is parked, now."""
+        self.stop_holding(state)
+        if tasks := [each.task for each in state.parked if each.task is not None]:
+            await asyncio.wait(tasks)
+        while state.parked:  # one by one: cancelled meanwhile, the rest is still to be found there
+            await self._put_back(state.parked.pop().delivery)
+
+    def stop_holding(self, state: QueueState) -> None:
+        """What is parked does not start any more; it is for `clear` to put it back."""
         for each in state.parked:
             if each.task is not None:
                 each.task.cancel()
-        if tasks := [each.task for each in state.parked if each.task is not None]:
-            await asyncio.wait(tasks)
-        parked, state.parked = state.parked, []
-        for each in parked:
-            await self._put_back(each.delivery)

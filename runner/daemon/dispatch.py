@@ -23,7 +23,7 @@ from runner.daemon.queuestate import MAX_PARKED, Asking, QueueState
 from runner.queues.base import Existence, QueueGone
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from runner.daemon.attempts import Ledger
     from runner.daemon.endpoints import Endpoints
@@ -69,7 +69,9 @@ class Dispatcher:
         self._left_behind = {queue: list(bodies) for queue, bodies in left_behind.items()}
         self._queues: dict[QueueRef, QueueState] = {}
         self._workers: dict[QueueRef, asyncio.Task[None]] = {}
-        self._leaving: set[asyncio.Task[None]] = set()  # workers of queues that are not served any more
+        self._leaving: dict[
+            asyncio.Task[None], QueueRef
+        ] = {}  # workers of queues that are not served any more
         self._room: tuple[float, Resources] | None = None
         self._draining = False
         self._gates = Gates(shut=lambda: self._runs.exhausted and not self._draining, lacks=self._lacks)
@@ -103,14 +105,16 @@ class Dispatcher:
             return
         state = self._queues.setdefault(ref, QueueState(ref=ref, backend=backend, on_change=self._changed))
         state.backend = backend
-        self._workers[ref] = asyncio.create_task(self._work(state), name=f"queue {ref}")
+        before = [worker for worker, its in self._leaving.items() if its == ref]
+        self._workers[ref] = asyncio.create_task(self._work(state, before), name=f"queue {ref}")
 
     def forget(self, ref: QueueRef) -> None:
         """A queue is not to be served any more; what runs from it finishes."""
         if worker := self._workers.pop(ref, None):
             worker.cancel()
-            self._leaving.add(worker)
-            worker.add_done_callback(self._leaving.discard)
+            self._leaving[worker] = ref
+            worker.add_done_callback(self._leaving.pop)
+            self._admission.stop_holding(self._queues[ref])
         self._drop(ref)
 
     def _drop(self, ref: QueueRef) -> None:
@@ -124,10 +128,10 @@ class Dispatcher:
         come or the run is over. A second call ends that.
         """
         again, self._draining = self._draining, True
-        workers = [*self._workers.values(), *self._leaving]
-        self._workers.clear()
-        for worker in workers:
+        for worker in self._workers.values():
             worker.cancel()
+        workers = [*self._workers.values(), *self._leaving]  # those are putting back what they had
+        self._workers.clear()
         if workers:
             await asyncio.wait(workers)
         if not again:
@@ -249,8 +253,13 @@ class Dispatcher:
         secs = min((timer for timer in timers if timer > 0), default=None)
         await self._gates.opened(state, ready, secs)
 
-    async def _work(self, state: QueueState) -> None:
-        """Until cancelled: take from the queue. One that is gone, or whose broker is, is tried again: `forget` ends the worker."""
+    async def _work(self, state: QueueState, before: Collection[asyncio.Task[None]]) -> None:
+        """Until cancelled: take from the queue. One that is gone, or whose broker is, is tried again: `forget` ends the worker.
+
+        `before`: earlier workers of that queue, which put back what they had.
+        """
+        if before:
+            await asyncio.wait(before)
         try:
             while True:
                 try:

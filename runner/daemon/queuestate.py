@@ -33,7 +33,7 @@ KEEP_SECS = 60.0
 MAX_CROWDED = 64
 FIRST_BACKOFF_SECS = 5.0
 LAST_BACKOFF_SECS = 300.0
-#: How long a queue whose message is not for this host is left to others.
+#: How long a queue whose message is not for this host is left to others, each time.
 ELSEWHERE_SECS = 300.0
 #: A queue's use of the machine counts half after this long.
 USAGE_HALF_LIFE_SECS = 600.0
@@ -41,10 +41,10 @@ USAGE_HALF_LIFE_SECS = 600.0
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class Parked:
-    """A message that is held until there is room for it."""
+    """A message that is held until there is room for it, or so that what comes behind it can be looked at."""
 
     delivery: Delivery
-    request: Request
+    request: Request | None  #: None: it is not for this host
     lacking: str  #: in words, as of when it came
     since: float
     over: bool = False  #: it is to be put back
@@ -77,13 +77,13 @@ class QueueState:
     #: Since when the message that asks for it waits: it was put back, and is asked for when there is room. 0: none was.
     ask_since: float = 0.0
     closed_until: float = 0.0  #: back-off
+    left_until: float = 0.0  #: left to other hosts, however well its runs end meanwhile
     endpoint: str = ""  #: a storage endpoint that its messages need and that does not answer
     why: str = ""  #: of the back-off, for people
     failures: int = 0
     running: int = 0
     holding: int = 0  #: how many of those have a part of the machine
     parked: list[Parked] = dataclasses.field(default_factory=list)
-    left: str = ""  #: digest of the message that was left to other hosts last
     on_change: Callable[[QueueState], None] | None = None  #: hears when something here may open or close it
     _crowded: collections.OrderedDict[str, Crowded] = dataclasses.field(
         default_factory=collections.OrderedDict
@@ -163,15 +163,33 @@ class QueueState:
 
     def succeeded(self) -> None:
         """A message of it was settled for good: no back-off."""
-        self.failures, self.closed_until, self.why = 0, 0.0, ""
+        self.failures = 0
+        if time.monotonic() >= self.left_until:
+            self.closed_until, self.why = 0.0, ""
         self.changed()
+
+    def leave(self, delivery: Delivery, why: str) -> float:
+        """It goes back, for other hosts to have it: for how many seconds they have the queue for themselves.
+
+        Held before for as long as `park_secs` says, what is behind it is served most of the time. Where the broker drops what
+        it has delivered too often, the time from one delivery to the next doubles, as for `put_back`.
+        """
+        cycle = self._cycle_secs(delivery)
+        rest = ELSEWHERE_SECS * random.uniform(1.0, 1.25)
+        if delivery.drops and delivery.deliveries:
+            rest = max(rest, cycle - min(cycle, LAST_PARK_SECS))
+        self.crowded(delivery.digest).put_backs += 1
+        self.left_until = time.monotonic() + rest
+        self.closed_until, self.why = max(self.closed_until, self.left_until), why
+        self.changed()
+        return rest
 
     def back_off(self, why: str, *, at_least_secs: float = 0.0) -> float:
         """Leave it alone for a while, longer each time in a row, with jitter; for how many seconds."""
         self.failures += 1
         grown = FIRST_BACKOFF_SECS * 2.0 ** min(self.failures - 1, 10)
         secs = max(min(LAST_BACKOFF_SECS, grown) * random.uniform(0.75, 1.25), at_least_secs)
-        self.closed_until, self.why = time.monotonic() + secs, why
+        self.closed_until, self.why = max(self.left_until, time.monotonic() + secs), why
         self.changed()
         return secs
 

@@ -57,6 +57,9 @@ class Delivery(abc.ABC):
     `requeue` return False, and the message comes back marked `redelivered`, here or elsewhere.
     """
 
+    #: Whether the broker, left as it comes, drops for good what it has delivered too often (`deliveries`).
+    drops = False
+
     def __init__(
         self,
         *,

@@ -46,6 +46,8 @@ class Crossing:
 class RabbitmqDelivery(base.Delivery):
     """A message that this process holds: on a channel, or in a lease queue, where it moves by itself when that takes long."""
 
+    drops = True  # quorum queues of 4.x, after 20 deliveries
+
     def __init__(
         self,
         queue: base.QueueRef,

@@ -17,7 +17,7 @@ from runner.queues.memory import MemoryBackend
 from tests.integration.harness import LIMIT_SECS, Daemon, daemon
 
 if TYPE_CHECKING:
-    from runner.queues.base import Consumer, Delivery, QueueRef
+    from runner.queues.base import Consumer, Delivery, QueueInfo, QueueRef
 
 #: Waits until a file is there.
 WAIT = "import pathlib, time; print('begun', flush=True)\nwhile not pathlib.Path('{go}').exists(): time.sleep(0.02)"
@@ -59,6 +59,28 @@ class Slow(Counting):
             return await at_once()
 
         consumer.next = later  # type: ignore[method-assign]
+        return consumer
+
+
+class Leaving(Counting):
+    """A broker that takes its time to end a consumer, and an account that loses the sight of a queue."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = ""
+        self.closing, self.may_close = asyncio.Event(), asyncio.Event()
+
+    async def discover(self) -> list[QueueInfo]:
+        return [info for info in await super().discover() if info.ref.name != self.hidden]
+
+    async def consumer(self, queue: QueueRef) -> Consumer:
+        consumer = await super().consumer(queue)
+
+        async def close() -> None:
+            self.closing.set()
+            await self.may_close.wait()
+
+        consumer.close = close  # type: ignore[method-assign]
         return consumer
 
 
@@ -261,6 +283,46 @@ async def test_what_this_host_can_never_run_is_left_to_others_and_costs_one_deli
         assert told["closed_because"].startswith("backing off for ")
         assert "4096 cores are asked for" in told["closed_because"]
         queue.delete("rmq_b")
+
+
+async def test_what_is_behind_a_message_that_no_host_can_run_is_served(tmp_path, queue, monkeypatch):
+    """It is put back to the head of its queue each time, where it would be the only one ever to be seen."""
+    monkeypatch.setattr(queuestate, "ELSEWHERE_SECS", 0.05)
+    async with daemon(tmp_path, queue, drain=False) as it:
+        await it.submit("print()", key="huge", queue="rmq_b", resources_needed={"cpus": 4096})
+        await it.until(lambda: queue.returned["huge"])
+        for number in range(10):
+            await it.submit("print()", key=f"small{number}", queue="rmq_b")
+        await it.until(lambda: len(ended(it)) == 10)
+        assert (queue.delivered["huge"], queue.returned["huge"]) == (2, 1)  # held, while the others ran
+        monkeypatch.setattr(queuestate, "PARK_SECS", 0.1)
+        queue.break_connection()  # its time is over, and it comes again
+        await it.until(lambda: queue.returned["huge"] >= 4)
+        assert not it.dead()
+        queue.delete("rmq_b")
+
+
+async def test_a_queue_that_goes_and_comes_again_starts_nothing_that_it_has_to_put_back(tmp_path):
+    queue, go = Leaving(), tmp_path / "go"
+    async with daemon(tmp_path, queue, drain=False) as it:
+        await it.submit(WAIT.format(go=go), key="long")
+        await begun(it)
+        await it.submit("print()", key="big", queue="rmq_b", resources_needed=TWO)
+        await it.until(lambda: queue.delivered["big"])
+        queue.hidden = "rmq_b"
+        await asyncio.wait_for(queue.closing.wait(), LIMIT_SECS)
+        go.touch()  # room for it
+        await it.submit("print()", key="small", queue="rmq_c")
+        await it.until(lambda: len(ended(it)) == 2)
+        queue.hidden = ""
+        await it.until(lambda: sum(task.get_name().endswith(" rmq_b") for task in asyncio.all_tasks()) == 2)
+        await it.submit("print()", key="small2", queue="rmq_c")
+        await it.until(lambda: len(ended(it)) == 3)
+        assert (queue.delivered["big"], queue.returned["big"]) == (1, 0)
+        queue.may_close.set()
+        await it.settled("rmq_b")
+        assert len(ended(it)) == 4
+        assert (queue.delivered["big"], queue.returned["big"]) == (2, 1)
 
 
 async def test_a_parked_message_that_is_lost_comes_again_and_runs_once(tmp_path, queue, monkeypatch):

@@ -114,7 +114,7 @@ async def test_a_hostile_archive_is_refused_at_once(tmp_path):
 async def test_what_never_fits_is_left_to_other_hosts_and_never_counts(tmp_path):
     async with daemon(tmp_path) as it:
         await it.submit("print()", resources_needed={"gpus": 1})
-        await it.until(lambda: len(it.queue._delayed))
+        await it.until(lambda: any(each.redelivered for each in it.queue.broker.queues["rmq_a"].ready))
         assert not it.dead()
         assert not it.documents()
         await it.submit("print('small')", key="small", queue="rmq_b")

@@ -60,6 +60,40 @@ async def test_where_nobody_counts_it_is_offered_to_other_hosts_every_quarter_of
     assert host.park_secs(message) == queuestate.PARK_SECS
 
 
+@pytest.mark.parametrize("hosts", [1, 4])
+async def test_what_no_host_can_run_is_not_delivered_until_its_broker_drops_it(hosts):
+    """A queue that counts deliveries, and no leases, which would begin the count anew."""
+    states, message, passed = [state() for _ in range(hosts)], Message(queue=REF, body=b"huge"), 0.0
+    message.drops = True
+    while passed < WEEK_SECS:
+        host = states[message.deliveries % hosts]
+        held = host.park_secs(message) if host.crowded(message.digest).put_backs else 0.0
+        passed += held + host.leave(message, "too large")
+        message.deliveries += 1
+    assert message.deliveries <= 18
+
+
+async def test_what_no_host_can_run_is_held_most_of_the_time_where_nothing_is_dropped():
+    host, message, held = state(), Message(queue=REF, body=b"huge"), 0.0
+    for _ in range(10):
+        held, rest = host.park_secs(message), host.leave(message, "too large")
+        message.deliveries += 1
+        assert queuestate.ELSEWHERE_SECS <= rest <= queuestate.ELSEWHERE_SECS * 1.25
+    assert held == queuestate.LAST_PARK_SECS
+
+
+async def test_a_queue_that_is_left_to_other_hosts_stays_so_whatever_else_of_it_ends():
+    host = state()
+    host.leave(Message(queue=REF, body=b"huge"), "too large")
+    until = host.closed_until
+    host.back_off("an attempt failed")
+    host.succeeded()
+    assert (host.closed_until, host.failures) == (until, 0)
+    host.left_until = 0.0
+    host.succeeded()
+    assert host.closed_until == 0.0
+
+
 async def test_a_message_that_was_put_back_is_waited_for_until_its_rest_is_over():
     host, message = state(), Message(queue=REF, body=b"big")
     assert not host.waits_for_room
