@@ -126,6 +126,10 @@ class _Watched:
     pids: tuple[int, ...] = ()
     cpu_secs: float = 0.0
     seen_at: float = dataclasses.field(default_factory=time.monotonic)
+    exact_at: float = 0.0
+    exact_secs: float = 0.0  #: what it costs to tell shared pages apart
+    shared_bytes: int = 0  #: counted more than once, when that was done
+    near: bool = False  #: it may have reached its limit since
     disk_at: float = 0.0
     disk_cost_secs: float = 0.0
     disk_free: int = 0  #: of the volume, when the directory was measured
@@ -137,6 +141,8 @@ class Sample(NamedTuple):
     cpu_secs: float
     memory_bytes: int
     pids: tuple[int, ...]
+    counted_bytes: int  #: the same, shared pages for each process that has them
+    exact_secs: float = 0.0  #: what it has cost to tell them apart; 0: that was not done
 
 
 class Sampler:
@@ -227,11 +233,15 @@ class Sampler:
             for watched, sample in zip(runs, samples, strict=True):
                 if watched in self._watched and sample.pids:
                     self._take(watched, sample, now)
+            # Runs whose pages cost much to tell apart are spared that by themselves; nobody else waits for it.
+            cost -= sum(sample.exact_secs for sample in samples)
             await asyncio.sleep(max(0.0, SHARE * cost - self._every_secs))
 
     def _look(self, runs: Mapping[_Watched, int]) -> tuple[list[Sample], float]:
-        began = time.thread_time()
-        samples = look([(supervisor, run.ram_bytes) for run, supervisor in runs.items()])
+        began, now = time.thread_time(), time.monotonic()
+        samples = look(
+            [(supervisor, run.ram_bytes if _is_exact(run, now) else 0) for run, supervisor in runs.items()]
+        )
         return samples, time.thread_time() - began
 
     async def _look_at_cards(self) -> None:
@@ -255,7 +265,7 @@ class Sampler:
         if (secs := now - watched.seen_at) >= MIN_SECS:
             use.cores.add(max(0.0, sample.cpu_secs - watched.cpu_secs) / secs)
             watched.cpu_secs, watched.seen_at = max(watched.cpu_secs, sample.cpu_secs), now
-        use.memory.add(sample.memory_bytes)
+        use.memory.add(_memory(watched, sample, now))
         use.processes, watched.pids = len(sample.pids), sample.pids
         watched.context.run(watched.told, use)
 
@@ -275,6 +285,24 @@ class Sampler:
                         watched.use.disk.add(measured.bytes)
                         watched.use.disk_complete = measured.complete
                         watched.context.run(watched.told, watched.use)
+
+
+def _is_exact(watched: _Watched, now: float) -> bool:
+    """Whether its pages may be told apart again: the more that costs the seldomer, earlier when it may be over its limit."""
+    share = SHARE / 10 if watched.near else SHARE
+    return now - watched.exact_at >= share * watched.exact_secs
+
+
+def _memory(watched: _Watched, sample: Sample, now: float) -> int:
+    """What it uses; when its pages were not told apart though they should be, by the last time, and then never over its limit."""
+    if sample.exact_secs:
+        watched.exact_at, watched.exact_secs, watched.near = now, sample.exact_secs, False
+        watched.shared_bytes = max(0, sample.counted_bytes - sample.memory_bytes)
+    elif watched.exact_secs and len(sample.pids) > 1 and sample.counted_bytes > watched.ram_bytes:
+        memory = max(0, sample.counted_bytes - watched.shared_bytes)
+        watched.near = memory > watched.ram_bytes
+        return min(memory, watched.ram_bytes)
+    return sample.memory_bytes
 
 
 def _due(runs: Sequence[_Watched]) -> list[_Watched]:
@@ -341,10 +369,13 @@ def _sample(
     parts = [_fields(f"{proc}/{pid}/status", _STATUS) for pid in below]
     private = sum(part.get(b"RssAnon", 0) + part.get(b"VmSwap", 0) for part in parts)
     shared = [part.get(b"RssShmem", 0) for part in parts]
-    memory = private + max(shared, default=0)
-    if ram_bytes and len(below) > 1 and private + sum(shared) > ram_bytes:
+    memory, counted = private + max(shared, default=0), private + sum(shared)
+    exact_secs = 0.0
+    if ram_bytes and len(below) > 1 and counted > ram_bytes:
+        began = time.thread_time()
         memory = _exact(below, proc) or memory
-    return Sample(cpu_secs=ticks / _TICKS, memory_bytes=memory, pids=tuple(below))
+        exact_secs = time.thread_time() - began
+    return Sample(ticks / _TICKS, memory, tuple(below), counted, exact_secs)
 
 
 _STATUS = (b"RssAnon", b"RssShmem", b"VmSwap")

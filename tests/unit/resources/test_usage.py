@@ -50,7 +50,9 @@ def test_everything_below_a_supervisor_counts_and_nothing_else(tmp_path):
     process(tmp_path, 20, 1, ticks=77 * ticks, RssAnon=5)
     (tmp_path / "meminfo").write_text("")
     (run, none) = usage.look([(10, 0), (4711, 0)], str(tmp_path))
-    assert run == usage.Sample(cpu_secs=11, memory_bytes=(100 + 7 + 10 + 1 + 50) * KIB, pids=(11, 12, 13))
+    assert run == usage.Sample(
+        11, (100 + 7 + 10 + 1 + 50) * KIB, (11, 12, 13), (100 + 7 + 10 + 1 + 50 + 50) * KIB
+    )
     assert none.pids == ()
 
 
@@ -236,6 +238,35 @@ time.sleep(600)
     await process.stop(0)
     assert naive > 500 * MIB
     assert 100 * MIB < sample.memory_bytes < 200 * MIB
+
+
+def test_a_run_whose_pages_are_costly_to_tell_apart_is_looked_at_as_often_as_others_all_the_same(tmp_path):
+    watched = usage._Watched(
+        supervisor=1,
+        directory=tmp_path,
+        ram_bytes=1000,
+        hdd_bytes=0,
+        cards=(),
+        told=print,
+        context=None,  # type: ignore[arg-type]
+    )
+
+    def seen(counted: int, now: float, exact: int = 0, secs: float = 0.0, pids: int = 2) -> int:
+        sample = usage.Sample(0.0, exact or counted, tuple(range(pids)), counted, secs)
+        return usage._memory(watched, sample, now)
+
+    assert usage._is_exact(watched, 100.0)
+    assert seen(5000, 100.0, exact=900, secs=2.0) == 900
+    assert not usage._is_exact(watched, 140.0)
+    assert seen(5050, 140.0) == 950
+    assert not usage._is_exact(watched, 141.0)
+    assert seen(5200, 142.0) == 1000  # more than it may use, perhaps: nobody is ended for that
+    assert usage._is_exact(watched, 142.0)
+    assert seen(5200, 142.0, exact=1100, secs=2.0) == 1100
+    assert seen(900, 150.0) == 900
+    assert seen(1200, 150.0, pids=1) == 1200  # nothing is shared
+    assert not usage._is_exact(watched, 150.0)
+    assert usage._is_exact(watched, 142.0 + 2.0 * usage.SHARE)
 
 
 async def test_a_directory_near_its_limit_is_measured_early(
