@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 
+from tests.servers.docker import pip_wheel
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -69,6 +71,7 @@ _LEFT_OUT = shutil.ignore_patterns(
     "idlelib",
     "tkinter",
     "site-packages",
+    "dist-packages",
     "__pycache__",
     "config-*",
     "*.a",
@@ -114,7 +117,7 @@ def apptainer(tmp_path_factory: pytest.TempPathFactory) -> Apptainer:
             output = getattr(exc, "stderr", None) or b""
             _say(f"NO REAL ENGINE: apptainer's packages cannot be had: {exc}: {output.decode()[-400:]}")
     engine = HOME / "prefix" / "bin" / "apptainer"
-    root = busybox_root(tmp_path_factory.mktemp("probe") / "root")
+    probe = tmp_path_factory.mktemp("probe")
     argv = [
         str(engine),
         "--silent",
@@ -122,16 +125,17 @@ def apptainer(tmp_path_factory: pytest.TempPathFactory) -> Apptainer:
         "--containall",
         "--no-home",
         "--no-privs",
-        str(root),
+        str(probe / "image.sif"),
         "/bin/true",
     ]
     try:
+        Apptainer(bin=engine.parent, said="").build(probe / "image.sif", busybox_root(probe / "root"), probe)
         subprocess.run(argv, capture_output=True, text=True, timeout=LIMIT_SECS, check=True)
-    except (subprocess.SubprocessError, OSError) as exc:
+        version = subprocess.run(
+            [str(engine), "--version"], capture_output=True, text=True, timeout=LIMIT_SECS, check=True
+        ).stdout.strip()
+    except (subprocess.SubprocessError, OSError, AssertionError) as exc:  # the last is `Apptainer.run`'s
         _say(f"NO REAL ENGINE: this machine lets no container be made: {exc}: {getattr(exc, 'stderr', '')}")
-    version = subprocess.run(
-        [str(engine), "--version"], capture_output=True, text=True, check=True
-    ).stdout.strip()
     SAID.write_text(f"tests of the Singularity executor ran on the real {version}")
     return Apptainer(bin=engine.parent, said=version)
 
@@ -168,13 +172,15 @@ def python_root(root: pathlib.Path, *, pip: bool = True) -> pathlib.Path:
     shutil.copytree(base / "lib" / minor, home / "lib" / minor, ignore=_LEFT_OUT, symlinks=True)
     site = home / "lib" / minor / "site-packages"
     site.mkdir()
+    (home / "lib" / minor / "dist-packages").symlink_to("site-packages")  # what Debian's Python calls it
     (root / "usr" / "local" / "bin" / "python3").symlink_to(f"/opt/python/bin/{minor}")
     for library in _libraries([program, *(home / "lib" / minor / "lib-dynload").glob("*.so")]):
         copy = root / library.relative_to("/")
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(library, copy)
     if pip:
-        [wheel] = (base / "lib" / minor / "ensurepip" / "_bundled").glob("pip-*.whl")
+        if (wheel := pip_wheel()) is None:
+            pytest.skip("this Python brings no pip along for the image")
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(site)
         subprocess.run([sys.executable, "-m", "compileall", "-q", "-j", "2", str(site)], check=True)
