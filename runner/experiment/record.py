@@ -243,16 +243,14 @@ class Record:
     def _used(self) -> dict[str, Any]:
         if self._exit is None:
             return {}
-        return {
-            "used": {
-                "elapsed_secs": round(self._exit.elapsed_secs, 3),
+        used: dict[str, Any] = {"elapsed_secs": round(self._exit.elapsed_secs, 3)}
+        if self._exit.max_rss_bytes:  # else nothing has run, or elsewhere
+            used |= {
                 "user_secs": round(self._exit.user_secs, 3),
                 "system_secs": round(self._exit.system_secs, 3),
                 "max_rss_bytes": self._exit.max_rss_bytes,
-                **self.used,
-            },
-            "strays": self._exit.strays,
-        }
+            }
+        return {"used": used | self.used, "strays": self._exit.strays}
 
     def _write(self) -> None:
         content = self._begun().to_bytes()

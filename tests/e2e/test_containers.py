@@ -75,6 +75,8 @@ raise SystemExit(4)
     )
     assert document["experiment"]["score"] == 7
     assert document["runner"]["environment"]["image"] == PYTHON
+    # What the engine's client took is not told as what the run did.
+    assert document["runner"]["used"].keys() == {"elapsed_secs", "samples", "disk_bytes"}
     assert docker.containers() == []
     # An image's own program; and one whose name is none.
     put(daemon, body(daemon, "", "k2", image=GREETER, filename=None, args=["you"]), "m2")
