@@ -50,10 +50,14 @@ class _Walk:
     def run(self, top: str) -> None:
         self._waiting.append(top)
         while self._waiting:
-            if self._max_entries is not None and self.entries > self._max_entries:
+            if self._full:
                 self.complete = False
                 return
             self._directory(self._waiting.pop())
+
+    @property
+    def _full(self) -> bool:
+        return self._max_entries is not None and self.entries > self._max_entries
 
     def _directory(self, path: str) -> None:
         try:
@@ -72,6 +76,9 @@ class _Walk:
                 return
             with os.scandir(fd) as listing:
                 for entry in listing:
+                    if self._full:
+                        self.complete = False
+                        return
                     try:
                         self._entry(path, entry.name, entry.stat(follow_symlinks=False))
                     except FileNotFoundError:
