@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tests.servers.rabbitmq import RabbitmqServer
     from tests.servers.seaweedfs import SeaweedFs
 
-pytestmark = pytest.mark.service
+pytestmark = [pytest.mark.service, pytest.mark.timeout(300)]
 
 
 @pytest.fixture

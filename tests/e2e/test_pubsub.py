@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from tests.servers.daemon import Daemon, MakeDaemon
 
-pytestmark = pytest.mark.service
+pytestmark = [pytest.mark.service, pytest.mark.timeout(300)]
 __all__ = ["hasty"]
 
 

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from tests.servers.daemon import Daemon, MakeDaemon
     from tests.servers.moto_sqs import SqsServer
 
-pytestmark = [pytest.mark.service, pytest.mark.usefixtures(hasty.__name__)]
+# Several starts of a daemon, on a machine that may be busy: each wait has a limit of its own.
+pytestmark = [pytest.mark.service, pytest.mark.usefixtures(hasty.__name__), pytest.mark.timeout(300)]
 __all__ = ["hasty"]
 
 
