@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import queue
 import shutil
 import tempfile
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +18,7 @@ from runner.executors import docker_engine, engines
 from runner.executors.interpreters import OLDEST, Interpreters
 from runner.process import cgroups
 from runner.resources import cards, probe
-from runner.resources.gpus import Nvml
+from runner.resources.gpus import Look, Nvml
 from runner.resources.visibility import visible
 
 if TYPE_CHECKING:
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 #: Runs need room for their inputs and environments: below this a machine is of no use, whatever the reserve says.
 LITTLE_DISK_BYTES = 1_000_000_000
+#: How long the driver may take to tell of its cards.
+DRIVER_SECS = 20.0
 
 
 def machine(config: Config) -> list[Finding]:
@@ -105,7 +109,7 @@ def gpus(config: Config) -> list[Finding]:
         table = cards.load(config.machine.gpu_cards)
     except errors.UsageError as exc:
         return [unusable("gpus", str(exc))]
-    look = Nvml().look()
+    look = _look()
     usable = visible(
         [sight.card for sight in look.sights], os.environ, contained=not probe.sees_all_processes()
     )
@@ -122,6 +126,16 @@ def gpus(config: Config) -> list[Finding]:
         *[_gpu(sight, table, usable=sight.card in usable) for sight in look.sights],
         *[unusable(f"gpu {uuid}", "the driver has lost it") for uuid in sorted(look.lost)],
     ]
+
+
+def _look() -> Look:
+    """In a thread that nobody waits for at the end: a call into a broken driver may never return."""
+    answers: queue.SimpleQueue[Look] = queue.SimpleQueue()
+    threading.Thread(target=lambda: answers.put(Nvml().look()), daemon=True).start()
+    try:
+        return answers.get(timeout=DRIVER_SECS)
+    except queue.Empty:
+        return Look(why=f"the NVIDIA driver has not answered in {DRIVER_SECS:.0f} s")
 
 
 def _gpu(sight: Sight, table: cards.Table, *, usable: bool) -> Finding:
