@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from runner import errors
-from runner.daemon import queuestate
-from runner.request import decode
+from runner.daemon import queuestate, reading
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -26,9 +25,6 @@ if TYPE_CHECKING:
     from runner.telemetry.metrics import Metrics
 
 log = structlog.get_logger(__name__)
-
-#: Larger messages are decoded in a thread: the loop would stand still.
-DECODE_IN_LOOP_BYTES = 128 << 10
 
 
 class Admission:
@@ -140,7 +136,7 @@ class Admission:
         count = max(tried.count, delivery.attempts) - len(self._runs.find(state, digest))
         request: Request | None = None
         try:
-            request = await self._decode(delivery.body)
+            request = await reading.request_of(delivery.body)
             if self._runs.resume(state, delivery, request):
                 return
             if count >= self._runs.settler.max_attempts:
@@ -171,11 +167,6 @@ class Admission:
         except errors.NoCapacity as exc:
             assert request is not None
             self._park(state, delivery, request, exc.lacking)
-
-    async def _decode(self, body: bytes) -> Request:
-        if len(body) > DECODE_IN_LOOP_BYTES:
-            return await asyncio.to_thread(decode.decode, body)
-        return decode.decode(body)
 
     async def _known(self, state: QueueState, delivery: Delivery) -> bool:
         """Whether a redelivery is of what runs or has finished here; then it is dealt with (DESIGN.md 5.3)."""

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import structlog
 
 from runner import errors
+from runner.daemon import reading
 from runner.experiment.lifecycle import Experiment
 from runner.experiment.outcome import Outcome
 from runner.experiment.workspace import Workspace
-from runner.request import decode
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -62,7 +62,7 @@ class Interrupted:
             await asyncio.to_thread(workspace.remove)
 
     async def _end(self, state: RunState, workspace: Workspace) -> None:
-        request = decode.decode(await asyncio.to_thread(workspace.request.read_bytes))
+        request = await reading.request_of(await asyncio.to_thread(workspace.request.read_bytes))
         experiment = Experiment.resumed(
             request=request,
             workspace=workspace,

@@ -25,7 +25,7 @@ import structlog
 from prometheus_client import CollectorRegistry
 
 from runner import __version__, errors
-from runner.daemon import lock, runstate
+from runner.daemon import lock, reading, runstate
 from runner.daemon.accounts import Accounts
 from runner.daemon.api import Api
 from runner.daemon.attempts import Ledger
@@ -236,6 +236,7 @@ class Service:
                     "interrupted": left.run(),
                     "leftovers": tools.executor.reap(),
                     "limits": self._limits(runs),
+                    "reading": reading.prepare(),
                     "sampler": tools.sampler.run(),
                     "watchdog": self._notifier.watchdog(),
                 }
