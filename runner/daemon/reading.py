@@ -7,7 +7,7 @@ import functools
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from types import ModuleType
 
     from runner.request.model import Request
 
@@ -18,8 +18,10 @@ DECODE_IN_LOOP_BYTES = 128 << 10
 async def request_of(body: bytes) -> Request:
     """What a message asks for. Raises what `request.decode` raises."""
     if len(body) > DECODE_IN_LOOP_BYTES or not _decoder.cache_info().currsize:
-        return await asyncio.to_thread(lambda: _decoder()(body))
-    return _decoder()(body)
+        request: Request = await asyncio.to_thread(lambda: _decoder().decode(body))
+    else:
+        request = _decoder().decode(body)
+    return request
 
 
 async def prepare() -> None:
@@ -28,7 +30,7 @@ async def prepare() -> None:
 
 
 @functools.cache
-def _decoder() -> Callable[[bytes], Request]:
+def _decoder() -> ModuleType:
     from runner.request import decode
 
-    return decode.decode
+    return decode
