@@ -99,9 +99,7 @@ class AllowList:
     def __init__(self, patterns: tuple[str, ...]) -> None:
         self._artifacts = ARTIFACT in patterns
         self._patterns = [
-            re.compile(".*".join(re.escape(part) for part in canonical_pattern(pattern).split("*")))
-            for pattern in patterns
-            if pattern != ARTIFACT
+            _compiled(canonical_pattern(pattern)) for pattern in patterns if pattern != ARTIFACT
         ]
 
     def check(self, reference: Reference) -> None:
@@ -115,6 +113,15 @@ class AllowList:
         """The same for an image file that came as an artifact."""
         if not self._artifacts:
             _refuse(name, f"--allow-image does not have '{ARTIFACT}', for image files that messages bring")
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    """Each part is looked for once, behind the one before: a name from a message must not make the search long."""
+    first, *parts = map(re.escape, pattern.split("*"))
+    if not parts:
+        return re.compile(first)
+    *middle, last = parts
+    return re.compile(first + "".join(f"(?>.*?{part})" for part in middle) + ".*" + last)
 
 
 def _docker_host(scheme: str, parts: list[str]) -> tuple[str, list[str]]:
