@@ -97,6 +97,12 @@ def verb(  # noqa: PLR0917 - one parameter an option: that is how typer reads th
         str,
         typer.Option(metavar="VERSION", help="Such as 3.11 (that of this program)", rich_help_panel=_WHAT),
     ] = "",
+    image: Annotated[
+        str,
+        typer.Option(
+            metavar="IMAGE", help="Run in this Docker image, with its Python.", rich_help_panel=_WHAT
+        ),
+    ] = "",
     requirements: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Packages to install.", rich_help_panel=_WHAT)
     ] = None,
@@ -138,6 +144,12 @@ def verb(  # noqa: PLR0917 - one parameter an option: that is how typer reads th
     ] = None,
     gpu_mem: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Memory of each GPU.", rich_help_panel=_NEEDS)
+    ] = None,
+    gpu_count: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="So many cards, the slots spread over them.", rich_help_panel=_NEEDS
+        ),
     ] = None,
     max_duration: Annotated[
         str | None,
@@ -196,7 +208,8 @@ def verb(  # noqa: PLR0917 - one parameter an option: that is how typer reads th
         requirements=[*_lines(requirements), *(pip or ())],
         python=_python(python),
         project=project,
-        resources=_resources(cpus=cpus, ram=ram, hdd=hdd, gpus=gpus, gpu_mem=gpu_mem),
+        resources=_resources(cpus=cpus, ram=ram, hdd=hdd, gpus=gpus, gpu_mem=gpu_mem, gpu_count=gpu_count),
+        image=image,
         max_duration=_checked("max-duration", max_duration, units.parse_duration),
         lifetime=_checked("lifetime", lifetime, units.parse_duration),
         save_frequency=_checked("save-frequency", save_frequency, units.parse_duration) or "1m",
@@ -300,7 +313,13 @@ def _python(text: str) -> str:
 
 
 def _resources(
-    *, cpus: int | None, ram: str | None, hdd: str | None, gpus: int | None, gpu_mem: str | None
+    *,
+    cpus: int | None,
+    ram: str | None,
+    hdd: str | None,
+    gpus: int | None,
+    gpu_mem: str | None,
+    gpu_count: int | None,
 ) -> dict[str, int | str]:
     """`resources_needed`; what was not given is left out."""
     asked = {
@@ -309,6 +328,7 @@ def _resources(
         "ram": _checked("ram", ram, units.parse_bytes),
         "hdd": _checked("hdd", hdd, units.parse_bytes),
         "gpuMem": _checked("gpu-mem", gpu_mem, units.parse_bytes),
+        "gpuCount": gpu_count,
     }
     return {name: value for name, value in asked.items() if value is not None}
 

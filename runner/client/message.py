@@ -108,6 +108,7 @@ class Experiment:
     python: str = ""
     project: str | None = None
     resources: Mapping[str, int | str] = dataclasses.field(default_factory=dict)
+    image: str = ""  #: of Docker; empty: on the host
     max_duration: str | None = None
     lifetime: str | None = None
     save_frequency: str = "1m"
@@ -235,4 +236,5 @@ def _config(asked: Experiment, credentials: dict[str, Any] | None) -> dict[str, 
         "worker_timeout": 30,
         "env": dict(asked.env),
         "resources_needed": dict(asked.resources),
+        **({"container": {"image": asked.image}} if asked.image else {}),
     }

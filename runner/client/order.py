@@ -48,7 +48,8 @@ class Queue:
             return cls(name=name, root=root)
         other = "AWS SQS" if name.startswith(("sqs", "ec2")) else "Google Pub/Sub"
         raise errors.UsageError(
-            f"--queue={name} would be a queue of {other}, which is not built yet; rmq_... is RabbitMQ, local_... a directory"
+            f"--queue={name} would be a queue of {other}, to which only StudioML's own client publishes; "
+            "rmq_... is RabbitMQ, local_... a directory"
         )
 
     def as_member(self, *, persistent: bool) -> dict[str, Any]:
@@ -114,6 +115,7 @@ class Order:
     python: str = ""
     project: str | None = None
     resources: Mapping[str, int | str] = dataclasses.field(default_factory=dict)
+    image: str = ""
     max_duration: str | None = None
     lifetime: str | None = None
     save_frequency: str = "1m"
@@ -127,6 +129,8 @@ class Order:
 
     def check(self) -> None:
         """Raises errors.UsageError."""
+        if self.image:
+            _check_image(self.image)
         if not self.directory.is_dir():
             raise errors.UsageError(f"{self.directory}: not a directory")
         if not self.command or not self.command[0]:
@@ -175,6 +179,7 @@ class Order:
             python=self.python,
             project=self.project,
             resources=self.resources,
+            image=self.image,
             max_duration=self.max_duration,
             lifetime=self.lifetime,
             save_frequency=self.save_frequency,
@@ -193,3 +198,12 @@ class Order:
         except errors.RunnerError as exc:
             raise errors.UsageError(f"a runner would refuse this experiment: {exc}") from exc
         return body, request, locations
+
+
+def _check_image(image: str) -> None:
+    from runner.executors.docker_images import reference  # needed by few
+
+    try:
+        reference(image)
+    except errors.RunnerError as exc:
+        raise errors.UsageError(f"--image: {exc}") from exc

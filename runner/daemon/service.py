@@ -227,20 +227,25 @@ class Service:
                 for backend in self._parts.backends:
                     await backend.open()
                     stack.push_async_callback(backend.aclose)
-                services = {
+                services = self._of_the_machine(tools) | {
                     "catalog": catalog.run(self._config.queues.refresh_secs),
                     "credentials": accounts.run(),
-                    "gpus": tools.gpus.run(),
                     "disk": disk.run(),
                     "existence": dispatcher.watch_existence(),
                     "interrupted": left.run(),
-                    "leftovers": tools.executor.reap(),
                     "limits": self._limits(runs),
-                    "reading": reading.prepare(),
-                    "sampler": tools.sampler.run(),
-                    "watchdog": self._notifier.watchdog(),
                 }
                 return await self._serve(services, dispatcher, runs)
+
+    def _of_the_machine(self, tools: Tools) -> dict[str, Coroutine[object, object, None]]:
+        """The services that know nothing of messages."""
+        return {
+            "gpus": tools.gpus.run(),
+            "leftovers": tools.executor.reap(),
+            "reading": reading.prepare(),
+            "sampler": tools.sampler.run(),
+            "watchdog": self._notifier.watchdog(),
+        }
 
     def _directories(self, user: User | None) -> tuple[Path, Path]:
         """That of the state, and that of the runs. Raises errors.UsageError."""

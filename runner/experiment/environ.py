@@ -19,7 +19,6 @@ _ALLOWED = re.compile(
     r"PIP_(INDEX_URL|EXTRA_INDEX_URL|FIND_LINKS|CERT|DEFAULT_TIMEOUT|DISABLE_PIP_VERSION_CHECK)|"
     r"(HTTPS?|FTP|NO|ALL)_PROXY|(https?|ftp|no|all)_proxy"
 )
-#: `scheme://user:password@host`: the operator's, not the workload's.
 #: What may pass into a container: nothing that names a file or a user of this machine.
 _ALLOWED_INSIDE = re.compile(
     r"TZ|TERM|LANG|LANGUAGE|CUDA_DEVICE_MAX_CONNECTIONS|NCCL_\w+|TF_\w+|XLA_\w+|KMP_\w+|"
@@ -28,6 +27,7 @@ _ALLOWED_INSIDE = re.compile(
 )
 #: What `%PATH%` stands for where the image has a PATH of its own: what engines give to images that say nothing.
 _PATH_INSIDE = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+#: `scheme://user:password@host`: the operator's, not the workload's.
 _USERINFO = re.compile(r"(?<=://)[^/@\s]*@")
 _PERCENT = re.compile(r"%([A-Za-z_][A-Za-z0-9_]*)%")
 _DOLLAR = re.compile(r"\$(?:\{([A-Za-z_][A-Za-z0-9_]*)\}|([A-Za-z_][A-Za-z0-9_]*))")

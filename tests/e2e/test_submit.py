@@ -272,6 +272,7 @@ def test_a_daemon_behind_a_token_is_asked_with_it(daemons: MakeDaemon, source: P
         (["--queue=local_a", "--ram=lots", "--", "main.py"], "--ram"),
         (["--queue=local_a", "--max-duration=long", "--", "main.py"], "--max-duration"),
         (["--queue=local_a", "--env=NAME", "--", "main.py"], "--env"),
+        (["--queue=local_a", "--image=-v /:/host", "--", "main.py"], "--image"),
         (["--queue=local_a", "--cpus=-1", "--", "main.py"], "--cpus"),
         (["--queue=local_a", "--python=new", "--", "main.py"], "--python"),
         (["--queue=local_a", "--requirements=none.txt", "--", "main.py"], "none.txt"),

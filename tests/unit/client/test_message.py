@@ -96,6 +96,15 @@ def test_captures_look_as_the_real_clients():
     assert [tag for tag in ours if tag != "onefile"] == [tag for tag in theirs if tag != "onefile"]
 
 
+def test_a_runner_understands_an_image_and_cards():
+    resources = {"gpus": 4, "gpuMem": "8gb", "gpuCount": 2}
+    _, request = message.encode(message.build(experiment(image="python:3.11", resources=resources)))
+    assert request.container is not None
+    assert (request.container.engine, request.container.reference) == ("docker", "python:3.11")
+    assert (request.resources.gpus, request.resources.gpu_count) == (4, 2)
+    assert "container" not in message.build(experiment())["config"]
+
+
 def test_arguments_are_quoted_as_the_real_client_quotes_them():
     theirs = captured("args")["experiment"]["args"]
     typed = [word for element in theirs for word in shlex.split(element)]
