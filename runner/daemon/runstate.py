@@ -43,6 +43,7 @@ class RunState:
     outcome: Outcome | None = None  #: set: the workload is over, the results may not be stored yet
     shared: bool = False  #: another message of the same bytes has come: a redelivery may be either's
     staged: bool = False  #: with an outcome: whether all inputs were there
+    corrected: bool = False  #: the ledger was corrected by it: a later daemon does not do so again
 
     @property
     def key(self) -> tuple[str, str]:
@@ -146,16 +147,26 @@ def messages(states: Iterable[RunState]) -> dict[str, list[bytes]]:
     return found
 
 
-def correct(ledger: Ledger, interrupted: Sequence[RunState]) -> None:
+def correct(ledger: Ledger, states: RunStates, interrupted: Sequence[RunState]) -> list[RunState]:
     """Take back attempts that were none: put-backs that were cut off, and all but one of the runs of the same bytes.
 
-    Those ran at the same time, each as the same attempt of a message of its own; what has ended them counts once.
+    Those ran at the same time, each as the same attempt of a message of its own; what has ended them counts once. Each state
+    does so once, however often daemons are killed before they are done with it: returned as they are from now on.
     """
     seen = set()
+    known = []
     for state in interrupted:
-        if state.key in seen or (state.outcome is not None and not state.outcome.counts):
-            ledger.undo(*state.key)
-        seen.add(state.key)
+        if not state.corrected:
+            if state.key in seen or (state.outcome is not None and not state.outcome.counts):
+                ledger.undo(*state.key)
+            seen.add(state.key)
+            state = dataclasses.replace(state, corrected=True)  # noqa: PLW2901 - the same, from now on
+            with contextlib.suppress(
+                OSError
+            ):  # a full disk: a later daemon may do it again, which makes an attempt more
+                states.save(state)
+        known.append(state)
+    return known
 
 
 def _plain(value: object) -> object:

@@ -177,7 +177,7 @@ class Service:
                 states = runstate.RunStates(state_dir / "runs")
                 undelivered, interrupted = await asyncio.to_thread(runstate.sweep, states, runs_dir)
                 left_behind = await asyncio.to_thread(runstate.messages, [*undelivered, *interrupted])
-                runstate.correct(ledger, interrupted)
+                interrupted = runstate.correct(ledger, states, interrupted)
                 self._temporary_cache(stack)
                 spawner = Spawner()
                 await spawner.open()

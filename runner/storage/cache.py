@@ -176,8 +176,9 @@ class ArtifactCache:
         """A new download, when it and all others and what cannot be evicted fit into the quota."""
         self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         with _locked(self._directory, fcntl.LOCK_EX):  # for the moment that looking and making the file take
-            kept = sum(each for _, _, each in self._files(_ENTRY))
+            # In this order: a download that is kept meanwhile counts twice, rather than not at all.
             coming = sum(_coming_bytes(path) for _, path, _ in self._files(_PART))
+            kept = sum(each for _, _, each in self._files(_ENTRY))
             excess = kept + coming + size - self._quota
             if excess > 0 and self.evict(excess) < excess:
                 return None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+import structlog
+import structlog.testing
 
 from runner.config import RmqLease
 from runner.queues import base, rabbitmq_channels
@@ -260,19 +262,26 @@ async def test_lease_queues_are_not_discovered(rabbitmq, name):
         assert await held.ack()
 
 
-async def test_a_user_who_may_not_declare_keeps_holding(rabbitmq, name, capsys):
+async def test_a_user_who_may_not_declare_keeps_holding(rabbitmq, name):
     rabbitmq.add_user(name, "secret", tags="management")
     least = {"configure": "^$", "write": "^$", "read": f"^{name}$"}
     rabbitmq.api("PUT", f"/api/permissions/%2F/{name}", least)
     rabbitmq.declare(name, durable=True)
     rabbitmq.publish(name, b"1", b"2", persistent=True)
+    with structlog.testing.capture_logs() as told:
+        await held_without_leases(rabbitmq, name)
+    warned = [
+        each for each in told if each["event"].startswith("long runs cannot be leased and keep holding")
+    ]
+    assert [each["log_level"] for each in warned].count("warning") == 1
+
+
+async def held_without_leases(rabbitmq, name):
     async with host(rabbitmq, terms=TERMS, user=f"{name}:secret") as one:
         first, second = await one.take(name), await one.take(name)
         await asyncio.sleep(1.5)
         assert not first.lost.is_set()
         assert not {lease_name(name, b"1"), lease_name(name, b"2")} & set(leases(rabbitmq))
-        told = capsys.readouterr().out
-        assert told.count("[warning  ] long runs cannot be leased and keep holding their messages") == 1
         assert await first.ack() is True
         assert await one.backend.existence(first.queue) is base.Existence.HERE  # and so the ack was heard
         one.way.cut()

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import time
 
+import pytest
+
 from runner import errors
 from runner.daemon import runstate
+from runner.daemon.attempts import Ledger
 from runner.daemon.runstate import RunState, RunStates
 from runner.experiment.outcome import Outcome
 
@@ -93,3 +97,35 @@ def test_results_that_nobody_comes_for_are_forgotten(tmp_path):
     os.utime(tmp_path / "state" / "0123456789abcdef.0.json", (long_ago, long_ago))
     assert runstate.sweep(states, runs) == ([], [])
     assert not list(runs.iterdir())
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    with contextlib.closing(Ledger(tmp_path / "ledger.sqlite")) as opened:
+        yield opened
+
+
+def killed(ledger, states, *runs):
+    """These runs were cut off with their daemon; the count of their message as the next one has it."""
+    for each in runs:
+        states.save(each)
+    runstate.correct(ledger, states, [found for found in states.load() if found.outcome is None])
+    return ledger.attempts("q", "d").count
+
+
+def test_runs_of_the_same_bytes_that_were_cut_off_together_count_once(tmp_path, ledger):
+    states = RunStates(tmp_path / "state")
+    for _ in range(2):
+        ledger.begin("q", "d")
+    assert killed(ledger, states, state(tmp_path), state(tmp_path, "b.0")) == 1
+    # Killed again before it was done with them: nothing more is taken back.
+    assert killed(ledger, states) == 1
+
+
+def test_what_is_left_of_an_earlier_attempt_takes_none_back(tmp_path, ledger):
+    """Daemons that are killed again and again leave the states of several attempts: one that kills its runner would run for ever."""
+    states = RunStates(tmp_path / "state")
+    for number in (1, 2, 3):
+        assert ledger.begin("q", "d") == number
+        run = dataclasses.replace(state(tmp_path, f"a.{number}"), attempt=number)
+        assert killed(ledger, states, run) == number
