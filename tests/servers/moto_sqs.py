@@ -16,7 +16,7 @@ import pytest
 from botocore import session as botocore_session
 
 from runner.queues.sqs_account import SqsAccount, SqsKeys
-from tests.servers.seaweedfs import free_ports
+from tests.servers.ports import free_ports
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,7 +11,7 @@ import tarfile
 import threading
 from typing import TYPE_CHECKING, Any, Self
 
-from tests.servers.seaweedfs import free_ports
+from tests.servers.ports import free_ports
 
 if TYPE_CHECKING:
     import pathlib

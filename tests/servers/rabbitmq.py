@@ -14,7 +14,6 @@ import os
 import pathlib
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -24,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 import pika
 import pytest
 from pika import exceptions
+
+from tests.servers.ports import free_ports
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -274,20 +275,6 @@ class ForeignServer(RabbitmqServer):
 
     def _not_ours(self) -> None:
         pytest.skip("the broker of RUNNER_TEST_AMQP_URL is not ours to restart")
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, below the range that outgoing connections use."""
-    found: list[int] = []
-    start = 10000 + (os.getpid() * 37 + time.monotonic_ns() // 1000) % 20000
-    for port in range(start, 32768):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(("127.0.0.1", port))
-            found.append(port)
-            if len(found) == count:
-                return found
-    raise RuntimeError("no free ports")
 
 
 def processes_with(name: str, value: str, *, but: str | None = None) -> list[int]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +17,7 @@ import pytest
 import urllib3
 
 from runner.storage.base import Credentials, Location
+from tests.servers.ports import free_ports
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -144,23 +143,6 @@ def seaweedfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedFs]:
         yield server
     finally:
         server.stop()
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of loopback that are free now, below the range that outgoing connections take theirs from."""
-    with contextlib.ExitStack() as held:
-        found: list[int] = []
-        start = 10_000 + os.getpid() % 15_000
-        for port in range(start, 32_768):
-            listener = held.enter_context(socket.socket())
-            try:
-                listener.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            found.append(port)
-            if len(found) == count:
-                break
-        return found
 
 
 def _impatient() -> urllib3.PoolManager:

@@ -17,8 +17,8 @@ from runner import errors
 from runner.queues import base
 from runner.queues.pubsub import PubsubBackend
 from runner.queues.pubsub_account import PubsubAccount
+from tests.servers.ports import free_ports
 from tests.servers.pubsub import PROGRAM
-from tests.servers.rabbitmq import free_ports
 
 if TYPE_CHECKING:
     import pathlib

@@ -12,7 +12,8 @@ import pytest
 
 from runner import errors
 from runner.queues import base, rabbitmq_connection
-from tests.servers.rabbitmq import free_ports, rabbitmq_server
+from tests.servers.ports import free_ports
+from tests.servers.rabbitmq import rabbitmq_server
 from tests.service.rabbitmq_kit import LIMIT, consuming, name, opened, ref, take, through, until, wire
 
 if TYPE_CHECKING:
