@@ -217,7 +217,9 @@ async def test_cancelling_next_loses_nothing(backend, queue):
     bodies = [b"%d" % n for n in range(40)]
     got: list[Delivery] = []
     publishing = asyncio.create_task(publish_all(backend, queue, bodies))
-    async with asyncio.timeout(3 * SOON):  # forty messages, each flushed to a disk that other tests use as well
+    async with asyncio.timeout(
+        3 * SOON
+    ):  # forty messages, each flushed to a disk that other tests use as well
         step = 0
         while len(got) < len(bodies):
             waiting = asyncio.create_task(consumer.next())
