@@ -107,24 +107,6 @@ def format_bytes(count: int) -> str:
     return f"{digits.rstrip('0').rstrip('.') if '.' in digits else digits} {_PREFIXES[power].upper()}B"
 
 
-def format_duration(secs: float) -> str:
-    """For people and for Go: "0s", "250ms", "12.5s", "1h30m", "-10m"; to the millisecond; `parse_duration` reads it.
-
-    Raises ValueError for NaN and infinity.
-    """
-    if not math.isfinite(secs):
-        _refuse(secs, "a duration", "5400.0")
-    sign, millis = "-" if secs < 0 else "", round(abs(secs) * 1000)
-    if millis < 1000:  # noqa: PLR2004 - milliseconds a second
-        return f"{sign}{millis}ms" if millis else "0s"
-    minutes, millis = divmod(millis, 60_000)
-    hours, minutes = divmod(minutes, 60)
-    parts = [f"{hours}h" if hours else "", f"{minutes}m" if minutes else ""]
-    if millis:
-        parts.append(f"{millis // 1000}.{millis % 1000:03d}".rstrip("0").rstrip(".") + "s")
-    return sign + "".join(parts)
-
-
 def _number(value: object) -> Fraction | None:
     """A JSON number, exactly; None for everything that is none, or not finite."""
     if isinstance(value, float):

@@ -29,6 +29,7 @@ from runner import config, errors
 from runner.cli import show
 from runner.client.api import Away, Daemon
 from runner.client.follow import End, follow
+from runner.client.interrupts import uninterrupted
 from runner.client.message import Storage
 from runner.client.order import Order, Queue
 from runner.client.submit import Submitted, submit
@@ -134,19 +135,6 @@ def stop(directory: Path, process: subprocess.Popen[bytes]) -> None:
             process.kill()  # its supervisors end what it ran
             process.wait()
         forget_work(directory)
-
-
-@contextlib.contextmanager
-def uninterrupted(*, forget: bool = False) -> Iterator[None]:
-    """Ctrl-C waits until the end, or is forgotten."""
-    came: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if came and not forget:
-            raise KeyboardInterrupt
 
 
 def is_ready(directory: Path, process: subprocess.Popen[bytes]) -> bool:

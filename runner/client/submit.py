@@ -6,19 +6,18 @@ import asyncio
 import contextlib
 import dataclasses
 import hashlib
-import signal
-import threading
 import time
 import uuid
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from runner import errors
 from runner.client import archives, message
+from runner.client.interrupts import uninterrupted
 from runner.queues.base import QueueGone
 from runner.storage.base import Forbidden, NotFound
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
     from typing import BinaryIO
 
@@ -136,7 +135,7 @@ def _publish(order: Order, body: bytes, progress: Progress) -> bool:
     queue = order.queue
     try:
         if queue.root is not None:
-            with _uninterrupted():  # done or not done, and said so: it takes some milliseconds
+            with uninterrupted():  # done or not done, and said so: it takes some milliseconds
                 asyncio.run(_publish_to_directory(queue.root, queue.name, body))
             return True
         with _publisher(queue) as publisher:
@@ -156,22 +155,6 @@ def _publisher(queue: Queue) -> Any:
     from runner.queues.rabbitmq_client import RabbitmqPublisher  # pika costs 0.1 s
 
     return RabbitmqPublisher(queue.amqp_url or "")
-
-
-@contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits until the end. In the main thread; elsewhere nobody is interrupted."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    came: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if came and before is not signal.SIG_IGN:
-            raise KeyboardInterrupt
 
 
 async def _publish_to_directory(root: Path, name: str, body: bytes) -> None:

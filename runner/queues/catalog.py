@@ -162,10 +162,6 @@ class Catalog:
         """Ask all accounts at once, and tell the changes of each as it answers. Raises nothing but cancellation."""
         await asyncio.gather(*[self._refresh(account) for account in list(self._accounts.values())])
 
-    def refresh_soon(self) -> None:
-        """Cut short the wait of `run`: something has changed."""
-        self._asked.set()
-
     async def run(self, refresh_secs: float) -> None:
         """Refresh now and every `refresh_secs`, until cancelled."""
         while True:

@@ -41,17 +41,6 @@ def key_pair_beside(endpoint: Mapping[str, Any], notes: wire.Notes) -> KeyPair |
     return _from_aws(dict(endpoint), notes)
 
 
-def key_pair_from_env(env: Mapping[str, str]) -> KeyPair | None:
-    """The pair that `config.env` holds, for messages of the time when artifacts carried none."""
-    return _checked(
-        access=env.get("AWS_ACCESS_KEY_ID") or env.get("AWS_ACCESS_KEY"),
-        secret=env.get("AWS_SECRET_ACCESS_KEY") or env.get("AWS_SECRET_KEY"),
-        token=env.get("AWS_SESSION_TOKEN"),
-        region=env.get("AWS_DEFAULT_REGION"),
-        notes=wire.Notes("config.env"),
-    )
-
-
 def _from_aws(value: Any, notes: wire.Notes) -> KeyPair | None:
     aws = wire.Credentials.read(value, notes)
     return _checked(

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import pytest
 
-from runner.request.credentials import key_pair_from_env
 from runner.request.model import KeyPair
 from tests.unit.request.messages import decoded
 
@@ -95,26 +94,3 @@ def test_the_region_is_the_endpoints_own_or_else_the_credentials():
         decoded(config={"storage": {"credentials": pair, "region": "eu-west-1"}}).storage.region
         == "eu-west-1"
     )
-
-
-@pytest.mark.parametrize(
-    ("env", "pair"),
-    [
-        ({"AWS_ACCESS_KEY_ID": "AK", "AWS_SECRET_ACCESS_KEY": "SK"}, PAIR),
-        ({"AWS_ACCESS_KEY": "AK", "AWS_SECRET_KEY": "SK"}, PAIR),
-        (
-            {
-                "AWS_ACCESS_KEY_ID": "AK",
-                "AWS_SECRET_ACCESS_KEY": "SK",
-                "AWS_SESSION_TOKEN": "T",
-                "AWS_DEFAULT_REGION": "r",
-            },
-            KeyPair(access_key="AK", secret_key="SK", session_token="T", region="r"),
-        ),
-        ({}, None),
-        ({"AWS_ACCESS_KEY_ID": "AK"}, None),
-        ({"AWS_ACCESS_KEY_ID": "$AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY": "SK"}, None),
-    ],
-)
-def test_the_pair_in_the_environment_of_the_message(env, pair):
-    assert key_pair_from_env(env) == pair
