@@ -378,6 +378,8 @@ async def test_a_consumer_that_fails_is_opened_again(tmp_path, monkeypatch):
     async with daemon(tmp_path) as it:
         await it.submit("print(1)")
         await it.settled()
+        assert len(calls) == 2
+        assert [each["studioml"]["status"] for each in it.documents()] == ["completed"]
 
 
 async def test_a_message_that_comes_while_its_queue_is_left_goes_back(tmp_path, monkeypatch):

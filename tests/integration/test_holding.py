@@ -168,6 +168,8 @@ async def test_one_broken_account_does_not_stop_the_start(tmp_path):
     queue.set_away(True)
     async with daemon(tmp_path, queue) as it:
         await it.until((tmp_path / "work/studio-runner.json").exists)
+        assert not it.documents()
         queue.set_away(False)
         await it.submit("print()")
         await it.settled()
+        assert [each["studioml"]["status"] for each in it.documents()] == ["completed"]

@@ -18,7 +18,7 @@ def test_a_new_directory_is_for_nobody_else(tmp_path):
 def test_a_link_of_ones_own_is_as_good_as_a_directory(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
-    private_directory(tmp_path / "link", "--state-dir")
+    assert private_directory(tmp_path / "link", "--state-dir") == tmp_path / "link"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make what belongs to others")

@@ -56,7 +56,7 @@ def test_disk_that_is_short_is_not_now_while_something_runs_and_for_other_hosts_
 
 
 def test_gpu_memory_without_gpus_asks_for_no_gpu():
-    allocator().allocate(Resources(cpus=1, gpu_mem_bytes=GIB, gpu_count=1))
+    assert allocator().allocate(Resources(cpus=1, gpu_mem_bytes=GIB, gpu_count=1)).gpus == ()
 
 
 def test_a_request_for_no_core_gets_one():
