@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import json
 import math
 import time
@@ -114,11 +115,18 @@ async def begun(it: Daemon, count: int = 1) -> None:
     await it.until(lambda: it.printed().count(b"begun") == count)
 
 
-async def test_small_ones_pass_a_parked_one_and_each_is_delivered_once(tmp_path, queue):
+@contextlib.asynccontextmanager
+async def half_taken(tmp_path, queue):
+    """A machine of which a long run of rmq_a has one core, until the file is there that comes with it."""
     go = tmp_path / "go"
     async with daemon(tmp_path, queue, drain=False) as it:
         await it.submit(WAIT.format(go=go), key="long")
         await begun(it)
+        yield it, go
+
+
+async def test_small_ones_pass_a_parked_one_and_each_is_delivered_once(tmp_path, queue):
+    async with half_taken(tmp_path, queue) as (it, go):
         await it.submit("print()", key="big", resources_needed=TWO)
         for number in range(3):
             await it.submit("print()", key=f"small{number}")
@@ -132,10 +140,7 @@ async def test_small_ones_pass_a_parked_one_and_each_is_delivered_once(tmp_path,
 
 
 async def test_no_more_than_two_of_a_queue_are_parked_and_told_of(tmp_path, queue):
-    go = tmp_path / "go"
-    async with daemon(tmp_path, queue, drain=False) as it:
-        await it.submit(WAIT.format(go=go), key="long")
-        await begun(it)
+    async with half_taken(tmp_path, queue) as (it, go):
         await it.submit("print()", key="big0", queue="rmq_b", resources_needed=TWO)
         await it.until(lambda: len(queue.held) == 2)
         (told,) = await explained(it, "rmq_b")
@@ -172,10 +177,7 @@ async def explained(it: Daemon, name: str) -> list[dict[str, Any]]:
 async def test_after_it_was_put_back_no_change_of_capacity_costs_a_delivery(tmp_path, queue, monkeypatch):
     monkeypatch.setattr(queuestate, "PARK_SECS", 0.1)
     monkeypatch.setattr(queuestate, "REST", 1e6)
-    go = tmp_path / "go"
-    async with daemon(tmp_path, queue, drain=False) as it:
-        await it.submit(WAIT.format(go=go), key="long")
-        await begun(it)
+    async with half_taken(tmp_path, queue) as (it, go):
         await it.submit("print()", key="big", queue="rmq_b", resources_needed=TWO)
         await it.until(lambda: queue.returned["big"])
         for number in range(20):  # each takes a core, and gives it back
@@ -192,10 +194,8 @@ async def test_after_it_was_put_back_no_change_of_capacity_costs_a_delivery(tmp_
 async def test_of_many_that_would_fit_only_the_one_that_gets_the_room_is_delivered(tmp_path, monkeypatch):
     monkeypatch.setattr(queuestate, "PARK_SECS", 0.1)
     monkeypatch.setattr(queuestate, "REST", 1e6)
-    queue, go = Slow(), tmp_path / "go"
-    async with daemon(tmp_path, queue, drain=False) as it:
-        await it.submit(WAIT.format(go=go), key="long")
-        await begun(it)
+    queue = Slow()
+    async with half_taken(tmp_path, queue) as (it, go):
         keys = [f"big{number}" for number in range(4)]
         for key in keys:
             await it.submit("import time; time.sleep(0.5)", key=key, queue=f"rmq_{key}", resources_needed=TWO)
@@ -210,10 +210,7 @@ async def test_what_never_fits_for_long_is_delivered_ever_more_rarely(tmp_path, 
     """Hours of crowding, at the scale of 45 s to 20 ms."""
     monkeypatch.setattr(queuestate, "PARK_SECS", 0.02)
     queue.counts = True
-    go = tmp_path / "go"
-    async with daemon(tmp_path, queue, drain=False) as it:
-        await it.submit(WAIT.format(go=go), key="long")
-        await begun(it)
+    async with half_taken(tmp_path, queue) as (it, go):
         since = time.monotonic()
         await it.submit("print()", key="big", queue="rmq_b", resources_needed=TWO)
         for number in range(10):
@@ -303,10 +300,8 @@ async def test_what_is_behind_a_message_that_no_host_can_run_is_served(tmp_path,
 
 
 async def test_a_queue_that_goes_and_comes_again_starts_nothing_that_it_has_to_put_back(tmp_path):
-    queue, go = Leaving(), tmp_path / "go"
-    async with daemon(tmp_path, queue, drain=False) as it:
-        await it.submit(WAIT.format(go=go), key="long")
-        await begun(it)
+    queue = Leaving()
+    async with half_taken(tmp_path, queue) as (it, go):
         await it.submit("print()", key="big", queue="rmq_b", resources_needed=TWO)
         await it.until(lambda: queue.delivered["big"])
         queue.hidden = "rmq_b"
@@ -327,10 +322,7 @@ async def test_a_queue_that_goes_and_comes_again_starts_nothing_that_it_has_to_p
 
 async def test_a_parked_message_that_is_lost_comes_again_and_runs_once(tmp_path, queue, monkeypatch):
     monkeypatch.setattr(queuestate, "PARK_SECS", 0.2)
-    go = tmp_path / "go"
-    async with daemon(tmp_path, queue, drain=False) as it:
-        await it.submit(WAIT.format(go=go), key="long")
-        await begun(it)
+    async with half_taken(tmp_path, queue) as (it, go):
         await it.submit("print()", key="big", queue="rmq_b", resources_needed=TWO)
         await it.until(lambda: queue.delivered["big"])
         queue.break_connection()
@@ -341,10 +333,7 @@ async def test_a_parked_message_that_is_lost_comes_again_and_runs_once(tmp_path,
 
 
 async def test_a_deleted_queue_takes_its_parked_messages_with_it(tmp_path, queue):
-    go = tmp_path / "go"
-    async with daemon(tmp_path, queue, drain=False) as it:
-        await it.submit(WAIT.format(go=go), key="long")
-        await begun(it)
+    async with half_taken(tmp_path, queue) as (it, go):
         await it.submit("print()", key="big", queue="rmq_b", resources_needed=TWO)
         await it.until(lambda: queue.delivered["big"])
         queue.delete("rmq_b")
@@ -355,10 +344,7 @@ async def test_a_deleted_queue_takes_its_parked_messages_with_it(tmp_path, queue
 
 
 async def test_draining_gives_back_what_is_parked(tmp_path, queue):
-    go = tmp_path / "go"
-    async with daemon(tmp_path, queue, drain=False) as it:
-        await it.submit(WAIT.format(go=go), key="long")
-        await begun(it)
+    async with half_taken(tmp_path, queue) as (it, go):
         await it.submit("print()", key="big", queue="rmq_b", resources_needed=TWO)
         await it.until(lambda: queue.delivered["big"])
         it.service.stop.ask(15)
@@ -369,10 +355,7 @@ async def test_draining_gives_back_what_is_parked(tmp_path, queue):
 
 
 async def test_a_run_that_loses_its_message_while_draining_gets_it_back_and_nothing_else(tmp_path, queue):
-    go = tmp_path / "go"
-    async with daemon(tmp_path, queue, drain=False) as it:
-        await it.submit(WAIT.format(go=go), key="long")
-        await begun(it)
+    async with half_taken(tmp_path, queue) as (it, go):
         it.service.stop.ask(15)
         await it.until(lambda: all("queue" not in task.get_name() for task in asyncio.all_tasks()))
         await it.submit("print()", key="other")
