@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from runner import config, errors, options, units
+from runner import config, errors, kinds, units
 from runner.cli import show
 from runner.client import message
 from runner.client.api import Daemon
@@ -262,9 +262,9 @@ def _amqp_url(text: str | None, environ: Mapping[str, str]) -> str | None:
         return environ[match[1]]
 
     try:
-        url: str = options.AMQP_URL.parse(re.sub(r"\$\{(\w+)\}", lookup, text))
+        url: str = kinds.AMQP_URL.parse(re.sub(r"\$\{(\w+)\}", lookup, text))
     except ValueError as exc:
-        raise errors.UsageError(f"--amqp-url: {exc} (example: {options.AMQP_URL.example})") from exc
+        raise errors.UsageError(f"--amqp-url: {exc} (example: {kinds.AMQP_URL.example})") from exc
     return url
 
 
