@@ -33,6 +33,9 @@ MAX_BYTES = 64 * 1024
 #: No operator has more accounts; a home directory named by mistake does.
 MAX_ENTRIES = 1000
 _AWS = ("credentials", "config")
+_PAIR = "aws"  #: what these two are called where they lie beside the others
+#: What parsers raise beside their own errors: a date that is none, digits without end, nesting without end.
+_UNREADABLE = (ValueError, OverflowError, RecursionError)
 _MEMBERS = frozenset({"url", "management_url", "match", "mismatch"})
 
 
@@ -61,8 +64,16 @@ def scan(directory: Path, prefix: str = "") -> Found:
     folders: dict[str, Callable[[str], Account]] = {}
     if all(name in names for name in _AWS):
         names = [name for name in names if name not in _AWS]
-        folders["aws"] = functools.partial(_aws, directory)
-    folders |= {name: functools.partial(_account, directory / name) for name in names}
+        folders[_PAIR] = functools.partial(_aws, directory)
+    for name in names:
+        if not name.isprintable():
+            problems[f"{prefix}{name!a}"] = "has a name that logs and pages cannot show: rename it"
+        elif name in folders:
+            problems[f"{prefix}{name}/"] = (
+                "has the name of the pair `credentials` and `config` beside it: rename it"
+            )
+        else:
+            folders[name] = functools.partial(_account, directory / name)
     for name, read in folders.items():
         label = f"{prefix}{name}"
         try:
@@ -106,7 +117,7 @@ def _aws(folder: Path, label: str) -> Sqs:
 def _google(path: Path, label: str, text: str, data: bytes) -> Pubsub:
     try:
         key = json.loads(text)
-    except ValueError as exc:
+    except _UNREADABLE as exc:
         raise errors.UsageError("looks like JSON, and is not") from exc
     if not isinstance(key, dict) or key.get("type") != "service_account" or not key.get("project_id"):
         raise errors.UsageError("is JSON, but no service account's key: `type` and `project_id` are expected")
@@ -118,7 +129,7 @@ def _yaml(label: str, text: str) -> Rabbitmq:
 
     try:
         members = yaml.safe_load(text)
-    except yaml.YAMLError as exc:
+    except (yaml.YAMLError, *_UNREADABLE) as exc:
         raise errors.UsageError(
             "is neither a URL, nor a service account's JSON, nor YAML, nor an absolute path"
         ) from exc
@@ -146,13 +157,15 @@ def _pattern(name: str, members: dict[str, Any]) -> re.Pattern[str] | None:
         return None
     try:
         return re.compile(str(members[name]))
-    except re.error as exc:
+    except (re.error, *_UNREADABLE) as exc:
         raise errors.UsageError(f"has a `{name}` that is no regular expression: {exc}") from exc
 
 
 def _one_line(text: str) -> str:
     if len(text.splitlines()) != 1:
         raise errors.UsageError("has more than one line; one URL or path is expected")
+    if "\0" in text:
+        raise errors.UsageError("has a NUL in it; one URL or path is expected")
     return text
 
 

@@ -61,6 +61,14 @@ def test_each_kind_of_file_opens_its_kind_of_account(tmp_path):
         (b"url: amqp://h\nmatch: '('", "no regular expression"),
         (b"just words", "neither"),
         (b"a: [", "neither"),
+        (b"/mnt/a\0b", "NUL"),
+        # What parsers raise beside their own errors; the daemon would end with it.
+        (b"2024-13-45", "neither"),
+        (b"!!int 'x'", "neither"),
+        (b"[" * 500 + b"]" * 500, "neither"),
+        (b'{"a":' * 10000, "looks like JSON"),
+        (b"url: amqp://h\nmatch: 'a{99999999999999999999}'", "no regular expression"),
+        (b"url: amqp://h\nmatch: '" + b"(" * 5000 + b"'", "no regular expression"),
         (b"x" * 70000, "larger"),
         (b"", "neither"),
     ],
@@ -79,11 +87,22 @@ def test_folders_and_oddities_never_crash(tmp_path):
     (tmp_path / "half" / "credentials").write_text("")
     (tmp_path / "dangling").symlink_to("nowhere")
     os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "caf\udce9").write_text(URL)  # a name in another encoding: no page could show it
     found = directory.scan(tmp_path)
+    assert not found.accounts
     assert "'config'" in found.problems["half"]
-    assert set(found.problems) == {"half", "dangling", "fifo"}
+    assert set(found.problems) == {"half", "dangling", "fifo", "'caf\\udce9'"}
     with pytest.raises(errors.UsageError, match="cannot be read"):
         directory.scan(tmp_path / "missing")
+
+
+def test_a_folder_does_not_hide_the_pair_whose_name_it_has(tmp_path):
+    aws(tmp_path)
+    aws(tmp_path / "aws")
+    found = directory.scan(tmp_path)
+    assert isinstance(account := found.accounts["aws"], Sqs)
+    assert account.directory == tmp_path
+    assert "rename it" in found.problems["aws/"]
 
 
 async def test_what_appears_changes_and_disappears_is_told(tmp_path, monkeypatch):
