@@ -8,14 +8,17 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import io
-import tarfile
 from typing import TYPE_CHECKING, Any
 
-import orjson
 import structlog
 
 from runner import errors
+from runner.request import document
 from runner.request.model import Artifact, Request
+from runner.storage.archive.decode import Feed, decoded
+from runner.storage.archive.limits import Budget, UnpackLimits
+from runner.storage.archive.sniff import HEAD_BYTES, Container, sniff
+from runner.storage.archive.tarread import Kind, TarReader
 from runner.storage.location import locate
 
 if TYPE_CHECKING:
@@ -29,6 +32,8 @@ log = structlog.get_logger(__name__)
 LOOK_SECS = 10.0
 #: A record is a message and a few times; a larger object is something else.
 MAX_BYTES = 8 << 20
+#: Of an archive: never more than that is decompressed, so that neither memory nor a thread is at its mercy.
+_LIMITS = UnpackLimits(total_bytes=MAX_BYTES, ratio=1, ratio_floor_bytes=MAX_BYTES)
 _TAG = "_status"
 _FILE = "status.json"
 
@@ -79,20 +84,25 @@ class Cancellation:
 def _stopped(data: bytes) -> bool:
     """Whether a record, or the archive of a `_status` artifact, says so, in any case of letters."""
     try:
-        record: Any = orjson.loads(data)
-    except orjson.JSONDecodeError:
+        record = document.loads(data)
+    except ValueError:
         record = _archived(data)
     return isinstance(record, dict) and str(record.get("status", "")).lower() == "stopped"
 
 
 def _archived(data: bytes) -> Any:
-    """The `status.json` of an archive; None when there is none."""
+    """The `status.json` of an archive; None when there is none that can be read."""
+    kind = sniff(data[:HEAD_BYTES], complete=len(data) <= HEAD_BYTES)
+    if kind.container is not Container.TAR:
+        return None
+    budget = Budget(_LIMITS, None)
+    archive = TarReader(decoded(Feed(io.BytesIO(data), budget), kind.compression, budget), _LIMITS)
     try:
-        with tarfile.open(fileobj=io.BytesIO(data)) as archive:
-            for member in archive:
-                if member.isfile() and member.name.removeprefix("./") == _FILE and member.size < MAX_BYTES:
-                    file = archive.extractfile(member)
-                    return None if file is None else orjson.loads(file.read())
-    except (tarfile.TarError, EOFError, OSError, ValueError):
+        for member in archive:
+            if member.kind is Kind.FILE and member.name.removeprefix("./") == _FILE:
+                content = bytearray()
+                archive.pour(content.extend)
+                return document.loads(bytes(content))
+    except (errors.ArchiveRefused, ValueError):
         return None
     return None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
 import io
 import json
+import resource
 import tarfile
 
 import pytest
@@ -65,7 +67,7 @@ while True:
             assert "saved" in [name.rpartition("/")[2] for name in archive.getnames()]
 
 
-@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("packed", ["w", "w:gz", ""])
 async def test_a_status_artifact_says_stopped(tmp_path, packed):
     async with daemon(tmp_path) as it:
         body = json.loads(it.message(SCRIPT))
@@ -82,7 +84,7 @@ async def test_a_status_artifact_says_stopped(tmp_path, packed):
         await it.until(it.printed)
         if packed:
             archive = io.BytesIO()
-            with tarfile.open(fileobj=archive, mode="w") as tar:
+            with tarfile.open(fileobj=archive, mode=packed) as tar:
                 member = tarfile.TarInfo("./status.json")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
@@ -92,7 +94,8 @@ async def test_a_status_artifact_says_stopped(tmp_path, packed):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"[]", b'{"status": 7}', b'{"status": "running"}', b"\x1f\x8b", b"\0" * 2000]
+    "content",
+    [b"", b"[]", b'{"status": 7}', b'{"status": "running"}', b"\x1f\x8b", b"\0" * 2000, b"[" * 5000],
 )
 async def test_anything_else_stops_nothing(tmp_path, content):
     go = tmp_path / "go"
@@ -115,3 +118,21 @@ async def test_anything_else_stops_nothing(tmp_path, content):
         go.touch()
         await it.settled()
         assert it.documents()[0]["studioml"]["status"] == "completed"
+
+
+def test_a_record_as_only_python_writes_it_is_read():
+    assert cancel._stopped(b'{"info": {"loss": NaN}, "status": "stopped"}')
+
+
+def test_a_status_that_would_take_all_memory_is_none():
+    """A few hundred bytes, of which the standard library would make 300 MB at once."""
+    name = tarfile.TarInfo("././@LongLink")
+    name.type, name.size = tarfile.GNUTYPE_LONGNAME, 300 << 20
+    packer = bz2.BZ2Compressor()
+    bomb = packer.compress(name.tobuf(tarfile.GNU_FORMAT))
+    for _ in range(300):
+        bomb += packer.compress(bytes(1 << 20))
+    bomb += packer.flush()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert not cancel._stopped(bomb)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10  # KiB
