@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from runner import config, errors
 from runner.daemon.service import Parts, Service
 from runner.daemon.stop import Stop
 from runner.executors.base import Executor, Prepared, RunSpec
+from runner.experiment import lifecycle
 from runner.queues.memory import MemoryBackend
 from runner.storage.registry import Stores
 from runner.telemetry import logs
@@ -25,7 +27,9 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
-LIMIT_SECS = 60.0  #: for any wait: generous, since nothing here is about speed
+    import pytest
+
+LIMIT_SECS = 100.0  #: for any wait: generous, since nothing here is about speed
 
 
 class ThisPython(Executor):
@@ -87,6 +91,16 @@ class Daemon:
                     if found := claim():
                         return found
                 await asyncio.sleep(0.02)
+
+    async def listening(self, *queues: str) -> None:
+        """Wait until the daemon asks all of these for their next message."""
+        wanted = {f"next {self.queue.ref(queue)}" for queue in queues}
+        await self.until(lambda: wanted <= {task.get_name() for task in asyncio.all_tasks()})
+
+    def came_back(self, queue: str = "rmq_a") -> bool:
+        """Whether a message was put back: it waits, or is held back for a while."""
+        waiting = self.queue.broker.queues[queue].ready
+        return bool(self.queue._delayed) or any(message.redelivered for message in waiting)
 
     async def settled(self, queue: str = "rmq_a") -> None:
         """Wait until no message waits or is held, and nothing runs."""
@@ -160,6 +174,19 @@ async def daemon(
             await running.task
         logs.flush()
         await queue.aclose()
+
+
+def not_before_it_printed(it: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run whose time is over is ended as soon as it has printed something: it may be slow to start."""
+    loop, stop = asyncio.get_running_loop(), lifecycle.Experiment.stop
+
+    def later(*args: Any, **more: Any) -> None:
+        if it.printed():
+            stop(*args, **more)
+        else:
+            loop.call_later(0.02, functools.partial(later, *args, **more))
+
+    monkeypatch.setattr(lifecycle.Experiment, "stop", later)
 
 
 def configuration(root: Path) -> config.Config:

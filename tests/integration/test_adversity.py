@@ -127,14 +127,22 @@ async def test_the_operators_metadata_store_decides_nothing(tmp_path, storage):
         assert it.documents()[0]["studioml"]["status"] == "completed"
 
 
-async def test_deleting_the_queue_while_results_wait_for_storage_gives_none_of_them_up(tmp_path, storage):
+async def test_deleting_the_queue_while_results_wait_for_storage_gives_none_of_them_up(
+    tmp_path, storage, monkeypatch
+):
     async with daemon(tmp_path) as it:
         storage.fails["output.tar"] = AWAY
         await it.submit("print('x')")
-        await it.until(lambda: it.runs and not storage.stored and it.service)
-        await asyncio.sleep(0.3)
+        await it.until(lambda: [state.outcome for state in states(it)] not in ([], [None]))
+        seen, cancel = asyncio.Event(), dispatch.Dispatcher._cancel_runs_of
+
+        def cancel_and_tell(*args):
+            cancel(*args)
+            seen.set()
+
+        monkeypatch.setattr(dispatch.Dispatcher, "_cancel_runs_of", cancel_and_tell)
         it.queue.delete("rmq_a")
-        await asyncio.sleep(1.0)
+        await asyncio.wait_for(seen.wait(), LIMIT_SECS)
         storage.fails.clear()
         await it.until(lambda: not it.runs)
         assert it.output() == "x\n"
@@ -189,7 +197,7 @@ async def test_inputs_that_were_never_complete_are_not_stored_after_a_restart(tm
         (inner,) = run.glob("experiments/*")
         (inner / "modeldir").mkdir(exist_ok=True)
         (inner / "modeldir" / "half").write_text("of an input")
-        await it.until(lambda: RunStates(it.config.paths.state_dir / "runs").load()[0].outcome)
+        await it.until(lambda: states(it)[0].outcome)
         it.service.stop.ask(15)
         it.service.stop.ask(15)
         await asyncio.wait_for(it.task, LIMIT_SECS)
@@ -252,11 +260,11 @@ async def test_equal_messages_that_die_together_have_had_one_attempt_each(tmp_pa
         body = await it.submit(LONG)
         await it.queue.publish(it.queue.ref("rmq_a"), body)
         await it.until(lambda: it.printed().count(b"begun") == 2)
-        states = {path: path.read_bytes() for path in (it.config.paths.state_dir / "runs").iterdir()}
+        written = {path: path.read_bytes() for path in (it.config.paths.state_dir / "runs").iterdir()}
         it.service.stop.ask(15)
         it.service.stop.ask(15)
         await asyncio.wait_for(it.task, LIMIT_SECS)
-        for path, content in states.items():  # as if it had been killed
+        for path, content in written.items():  # as if it had been killed
             path.write_bytes(content)
     async with daemon(tmp_path, MemoryBackend(broker=queue.broker), drain=False) as it:
         assert await it.until(lambda: len(attempts(it)) == 2 and attempts(it)) == [2, 2]
@@ -265,8 +273,11 @@ async def test_equal_messages_that_die_together_have_had_one_attempt_each(tmp_pa
 
 def attempts(it):
     """The attempts whose workloads run now."""
-    states = RunStates(it.config.paths.state_dir / "runs").load()
-    return [each.attempt for each in states if each.outcome is None and each.started > it.began]
+    return [each.attempt for each in states(it) if each.outcome is None and each.started > it.began]
+
+
+def states(it):
+    return RunStates(it.config.paths.state_dir / "runs").load()
 
 
 # -- what the disk refuses
@@ -276,7 +287,7 @@ async def test_a_disk_that_fills_up_at_the_end_of_a_run_costs_no_results(tmp_pat
     go = tmp_path / "go"
     async with daemon(tmp_path) as it:
         await it.submit(WAIT.format(go=go))
-        await it.until(it.printed)
+        await it.until(lambda: it.printed() and it.documents())  # the next document is the final one
 
         def full(*_):
             raise OSError(28, "No space left on device")
@@ -311,7 +322,7 @@ async def test_a_ledger_that_cannot_be_written_ends_what_runs_and_starts_nothing
         await it.settled()
         assert it.output() == "begun\ndone\n"
         await it.queue.publish(it.queue.ref("rmq_a"), it.message("print('next')", "next"))
-        await it.until(lambda: any(m.redelivered for m in it.queue.broker.queues["rmq_a"].ready))
+        await it.until(it.came_back)
         assert not it.runs  # and no directory of it is left
         assert len(it.documents()) == 1
         ledger._db.execute("PRAGMA query_only=0")
@@ -331,7 +342,7 @@ async def test_a_state_that_cannot_be_saved_starts_nothing_and_leaves_nothing(tm
     monkeypatch.setattr(RunStates, "save", save)
     async with daemon(tmp_path) as it:
         await it.submit("print(1)")
-        await it.until(lambda: any(m.redelivered for m in it.queue.broker.queues["rmq_a"].ready))
+        await it.until(it.came_back)
         assert not it.runs
         broken.clear()
         await it.settled()
@@ -396,8 +407,7 @@ async def test_a_message_that_comes_while_its_queue_is_left_goes_back(tmp_path, 
     queue = MemoryBackend()
     async with daemon(tmp_path, queue) as it:
         it.queue.declare("rmq_a")
-        await it.until((tmp_path / "work/studio-runner.json").exists)
-        await asyncio.sleep(0.3)
+        await it.listening("rmq_a")
         body = it.message("print(1)")
         await queue.publish(queue.ref("rmq_a"), body)
         await came.wait()
@@ -424,12 +434,12 @@ async def test_closing_a_queue_and_draining_at_once_ends(tmp_path, monkeypatch):
     go = tmp_path / "go"
     async with daemon(tmp_path, machine={"max_cores": 1}) as it:
         it.queue.declare("rmq_b")
-        await asyncio.sleep(0.3)
+        await it.listening("rmq_b")
         await it.submit(WAIT.format(go=go))
         await slow.wait()  # no core is left: the queue is being closed
         it.service.stop.ask(signal.SIGTERM)
         go.touch()
-        assert await asyncio.wait_for(it.task, 20) == 0
+        assert await asyncio.wait_for(it.task, LIMIT_SECS) == 0
 
 
 async def test_no_more_tasks_are_started_than_the_limit_says(tmp_path):
@@ -450,7 +460,7 @@ async def test_what_is_parked_when_the_limit_is_reached_goes_back(tmp_path, monk
     async with daemon(tmp_path, limits=limits, machine={"max_cores": 1}) as it:
         for queue in queues:
             it.queue.declare(queue)
-        await asyncio.sleep(0.5)  # all are asked for work
+        await it.listening(*queues)
         await it.submit(WAIT.format(go=go))
         await it.until(it.printed)
         for queue in queues[1:]:

@@ -14,7 +14,7 @@ from runner.request import decode
 from runner.storage.base import Forbidden
 from runner.storage.files import FileStore
 from tests.integration import harness
-from tests.integration.harness import daemon
+from tests.integration.harness import daemon, not_before_it_printed
 
 LONG = "import time; print('begun', flush=True); time.sleep(600)"
 
@@ -28,11 +28,6 @@ def _quick(monkeypatch):
 async def publish(it, body, queue="rmq_a"):
     it.queue.declare(queue)
     await it.queue.publish(it.queue.ref(queue), body)
-
-
-def came_back(it, queue="rmq_a"):
-    """Whether the message was put back: it waits, or is held back for a while."""
-    return it.queue._delayed or any(each.redelivered for each in it.queue.broker.queues[queue].ready)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +60,7 @@ async def test_what_can_never_run_is_dead_lettered_at_once(tmp_path, body, reaso
 async def test_what_wants_a_key_or_an_engine_that_is_not_here_is_left_to_other_hosts(tmp_path, body):
     async with daemon(tmp_path) as it:
         await publish(it, json.dumps(body).encode())
-        await it.until(lambda: came_back(it))
+        await it.until(it.came_back)
         assert not it.dead()
         assert (it.queue.depth("rmq_a"), len(it.queue.held)) == (1, 0)  # at once, and not asked for again
         it.queue.delete("rmq_a")
@@ -83,7 +78,7 @@ async def test_a_full_disk_starts_nothing_and_counts_nothing(tmp_path, monkeypat
     async with daemon(tmp_path) as it:
         monkeypatch.setattr(runs, "MIN_FREE_BYTES", 1 << 60)
         await it.submit("print(1)")
-        await it.until(lambda: came_back(it))
+        await it.until(it.came_back)
         assert not it.runs
         monkeypatch.setattr(runs, "MIN_FREE_BYTES", 0)
         await it.settled()
@@ -171,9 +166,10 @@ async def test_a_package_index_that_is_away_is_no_attempt(tmp_path, monkeypatch)
         assert not it.dead()
 
 
-async def test_a_lifetime_that_ends_while_it_runs_is_final(tmp_path):
+async def test_a_lifetime_that_ends_while_it_runs_is_final(tmp_path, monkeypatch):
     async with daemon(tmp_path) as it:
-        await it.submit(LONG, time_added=time.time(), config={"experimentLifetime": "2s"})
+        not_before_it_printed(it, monkeypatch)
+        await it.submit(LONG, time_added=time.time(), config={"experimentLifetime": "8s"})
         await it.settled()
         (document,) = it.documents()
         assert (document["studioml"]["status"], document["studioml"]["reason"]) == ("failed", "expired")

@@ -95,11 +95,12 @@ async def test_a_run_over_its_memory_is_ended_by_measuring_it(tmp_path: Path) ->
         await running.settled()
         (document,) = running.documents()
         assert (document["studioml"]["status"], document["studioml"]["reason"]) == ("failed", "oom")
-        assert re.search(
-            r"begun\nstudio-runner: out of memory: its 1 processes use 3\d\d(\.\d)? MB, 100 MB were granted\n$",
-            running.output(),
-        )
-        assert document["runner"]["used"]["memory_bytes"]["peak"] > 300 << 20
+        # It may be seen while it still grows: over 100 MB and 64 MiB.
+        said = r"begun\nstudio-runner: out of memory: its 1 processes use (\d{3}(?:\.\d)?) MB, 100 MB were granted\n$"
+        told = re.search(said, running.output())
+        assert told
+        assert 167 <= float(told[1]) < 400
+        assert document["runner"]["used"]["memory_bytes"]["peak"] > (100 * 1000 * 1000) + (64 << 20)
         assert 'reason="oom",status="failed"} 1.0' in await metrics(running)
     assert not running.dead()
 
@@ -201,10 +202,12 @@ async def test_a_run_over_its_disk_is_ended(tmp_path: Path) -> None:
         (document,) = running.documents()
         assert (document["studioml"]["status"], document["studioml"]["reason"]) == ("failed", "disk")
         said = running.output()
-        assert re.search(
-            r"studio-runner: out of disk: its directory takes 3\d(\.\d+)? MB, 20 MB were granted", said
+        told = re.search(
+            r"studio-runner: out of disk: its directory takes (\d\d(?:\.\d+)?) MB, 20 MB were granted", said
         )
-        assert document["runner"]["used"]["disk_bytes"]["peak"] > 30 << 20
+        assert told
+        assert 20 <= float(told[1]) < 40  # it may be seen while it still writes
+        assert document["runner"]["used"]["disk_bytes"]["peak"] > 20 * 1000 * 1000
     assert not running.dead()
 
 

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from runner.daemon import queuestate
-from tests.integration.harness import daemon
+from tests.integration.harness import daemon, not_before_it_printed
 
 
 @pytest.fixture(autouse=True)
@@ -132,9 +132,10 @@ async def test_expired_before_it_could_start(tmp_path):
         assert not it.dead()
 
 
-async def test_a_run_that_takes_longer_than_it_may_is_ended_and_final(tmp_path):
+async def test_a_run_that_takes_longer_than_it_may_is_ended_and_final(tmp_path, monkeypatch):
     script = "import time; print('begun', flush=True); time.sleep(600)"
     async with daemon(tmp_path) as it:
+        not_before_it_printed(it, monkeypatch)
         await it.submit(script, max_duration="1s")
         await it.settled()
         (document,) = it.documents()

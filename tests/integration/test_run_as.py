@@ -135,8 +135,8 @@ async def test_runs_of_one_user_cannot_look_into_each_other(place: Path) -> None
 async def test_what_does_not_end_is_killed_and_its_directory_is_removed(place: Path) -> None:
     script = """
 mkdir -p ../modeldir/closed/in && chmod 0 ../modeldir/closed
-(trap '' TERM; setsid sh -c 'sleep 600; true' &)
-sleep 600
+(trap '' TERM; setsid sh -c 'sleep 7654; true' &)
+sleep 7654
 """
     async with daemon(place, runs={"run_as": "nobody"}) as it:
         await it.submit(script, max_duration="1s")
@@ -147,7 +147,7 @@ sleep 600
         mine = [
             path
             for path in Path("/proc").glob("[0-9]*")
-            if _owner(path) == nobody and b"sleep\x00600" in _line(path)
+            if _owner(path) == nobody and b"sleep\x007654" in _line(path)
         ]
         assert not mine
     assert not it.runs
