@@ -211,6 +211,10 @@ class Experiment:
 
     async def _run(self) -> Outcome:
         self._artifacts.locate()
+        async with self._cancellable():
+            return await self._stages()
+
+    async def _stages(self) -> Outcome:
         if (expired := self._expired()) is not None:
             return expired
         self._enter("staging")
@@ -245,7 +249,6 @@ class Experiment:
         async with (
             self._confined(prepared) as command,
             self._results.checkpointing(),
-            self._cancellable(),
             self._limited(),
         ):
             self._process = await self._tools.spawner.start(command)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import bz2
+import contextlib
 import io
 import json
 import resource
@@ -11,7 +13,8 @@ import tarfile
 import pytest
 
 from runner.experiment import cancel
-from tests.integration.harness import daemon
+from tests.integration import harness
+from tests.integration.harness import ThisPython, daemon
 
 SCRIPT = "import time; print('begun', flush=True); time.sleep(600)"
 
@@ -65,6 +68,26 @@ while True:
         assert it.output().splitlines()[:2] == ["begun", "saved"]
         with tarfile.open(it.storage / "experiments/exp/modeldir.tar") as archive:
             assert "saved" in [name.rpartition("/")[2] for name in archive.getnames()]
+
+
+async def test_it_need_not_have_begun(tmp_path, monkeypatch):
+    class Slow(ThisPython):
+        @contextlib.asynccontextmanager
+        async def prepare(self, spec, log):
+            await asyncio.sleep(600)  # an environment that takes its time
+            yield
+
+    monkeypatch.setattr(harness, "ThisPython", Slow)
+    database = {"type": "local", "endpoint": str(tmp_path), "bucket": "db"}
+    record = tmp_path / "db" / "experiments" / "exp"
+    record.parent.mkdir(parents=True)
+    record.write_text(json.dumps({"status": "stopped"}))
+    async with daemon(tmp_path) as it:
+        await it.submit(SCRIPT, config={"database": database})
+        await it.until(it.documents)
+        await it.settled()
+        (document,) = it.documents()
+        assert (document["studioml"]["status"], document["studioml"]["reason"]) == ("stopped", "cancelled")
 
 
 @pytest.mark.parametrize("packed", ["w", "w:gz", ""])
