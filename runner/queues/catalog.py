@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import datetime as dt
 from typing import TYPE_CHECKING, Protocol, TypeAlias
@@ -85,6 +86,8 @@ class _Account:
     queues: dict[QueueRef, QueueInfo] = dataclasses.field(default_factory=dict)
     match: re.Pattern[str] | None = None
     mismatch: re.Pattern[str] | None = None
+    due: bool = True  #: to be asked for its queues
+    asking: bool = False  #: being asked
 
     def lets(self, name: str) -> bool:
         """Whether its own patterns let a queue of that name through."""
@@ -127,8 +130,9 @@ class Catalog:
         """Watch one more account (of its queues only those that its own patterns let through as well); its queues come with the next refresh, which is made soon. Replaces one of that name."""
         self.remove(backend.account)
         status = AccountStatus(account=backend.account, kind=backend.kind)
-        self._accounts[backend.account] = _Account(backend, status, match=match, mismatch=mismatch)
-        backend.on_queues_changed(self._asked.set)
+        account = _Account(backend, status, match=match, mismatch=mismatch)
+        self._accounts[backend.account] = account
+        backend.on_queues_changed(lambda: self._ask_soon(account))
         self._asked.set()
 
     def remove(self, account: str) -> None:
@@ -163,15 +167,38 @@ class Catalog:
         await asyncio.gather(*[self._refresh(account) for account in list(self._accounts.values())])
 
     async def run(self, refresh_secs: float) -> None:
-        """Refresh now and every `refresh_secs`, until cancelled."""
-        while True:
-            self._asked.clear()
-            await self.refresh()
-            try:
-                async with asyncio.timeout(refresh_secs):
-                    await self._asked.wait()
-            except TimeoutError:
-                continue
+        """Refresh now and every `refresh_secs`, until cancelled; what is new, or has changed, is asked for at once.
+
+        Each account by itself: one that takes its time to say nothing holds up nobody else's queues.
+        """
+        loop = asyncio.get_running_loop()
+        async with asyncio.TaskGroup() as group:
+            while True:
+                for account in self._accounts.values():
+                    account.due = account.due or not account.asking
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout_at(loop.time() + refresh_secs):
+                        while True:
+                            self._asked.clear()
+                            for account in self._accounts.values():
+                                if account.due and not account.asking:
+                                    account.due, account.asking = False, True
+                                    group.create_task(
+                                        self._ask(account), name=f"discover {account.status.account}"
+                                    )
+                            await self._asked.wait()
+
+    def _ask_soon(self, account: _Account) -> None:
+        account.due = True
+        self._asked.set()
+
+    async def _ask(self, account: _Account) -> None:
+        try:
+            await self._refresh(account)
+        finally:
+            account.asking = False
+            if account.due:  # it has changed while it was asked
+                self._asked.set()
 
     async def _refresh(self, account: _Account) -> None:
         try:

@@ -11,6 +11,8 @@ from runner.queues.catalog import Added, Catalog, Change, Removed
 from runner.queues.memory import MemoryBackend
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from runner.queues.base import QueueInfo
 
 
@@ -161,6 +163,62 @@ async def test_a_slow_account_does_not_hold_up_the_changes_of_others():
     release.set()
     await refreshing
     assert watched.changes() == []
+
+
+async def test_an_account_that_does_not_answer_delays_no_new_one_and_is_not_asked_twice_at_a_time():
+    class Silent(MemoryBackend):
+        asked = 0
+        told: Callable[[], None]
+
+        def on_queues_changed(self, told: Callable[[], None]) -> None:
+            self.told = told
+
+        async def discover(self) -> list[QueueInfo]:
+            self.asked += 1
+            await asyncio.Event().wait()
+            return []
+
+    silent, new = Silent("silent"), MemoryBackend("new")
+    new.declare("rmq_new")
+    watched = Watched(silent)
+    running = asyncio.create_task(watched.catalog.run(0.01))
+    try:
+        async with asyncio.timeout(10):
+            while not silent.asked:
+                await asyncio.sleep(0.01)
+            watched.catalog.add(new)
+            silent.told()
+            while ("new", True) not in watched.counted.refreshes[5:]:  # again and again
+                await asyncio.sleep(0.01)
+    finally:
+        running.cancel()
+    assert watched.changes() == [("Added", "rmq_new")]
+    assert silent.asked == 1
+
+
+async def test_what_changes_while_an_account_is_asked_is_asked_for_again():
+    class Late(MemoryBackend):
+        told: Callable[[], None]
+
+        def on_queues_changed(self, told: Callable[[], None]) -> None:
+            self.told = told
+
+        async def discover(self) -> list[QueueInfo]:
+            found = await super().discover()
+            if not found:
+                self.declare("rmq_late")  # it has been listed already
+                self.told()
+            return found
+
+    watched = Watched(Late())
+    running = asyncio.create_task(watched.catalog.run(3600))
+    try:
+        async with asyncio.timeout(10):
+            while not watched.told:
+                await asyncio.sleep(0.01)
+    finally:
+        running.cancel()
+    assert watched.changes() == [("Added", "rmq_late")]
 
 
 async def test_removing_an_account_removes_its_queues():
