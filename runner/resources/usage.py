@@ -224,25 +224,25 @@ class Sampler:
             if not runs:
                 continue
             try:
-                samples, cost = await asyncio.to_thread(self._look, runs)
+                samples, looked_at, cost = await asyncio.to_thread(self._look, runs)
             except OSError as exc:  # out of descriptors, say: no reason to end the daemon
                 log.warning("what runs use cannot be measured now", error=str(exc))
                 continue
             self._cost(cost)
-            now = time.monotonic()
             for watched, sample in zip(runs, samples, strict=True):
                 if watched in self._watched and sample.pids:
-                    self._take(watched, sample, now)
+                    self._take(watched, sample, looked_at)
             # Runs whose pages cost much to tell apart are spared that by themselves; nobody else waits for it.
             cost -= sum(sample.exact_secs for sample in samples)
             await asyncio.sleep(max(0.0, SHARE * cost - self._every_secs))
 
-    def _look(self, runs: Mapping[_Watched, int]) -> tuple[list[Sample], float]:
+    def _look(self, runs: Mapping[_Watched, int]) -> tuple[list[Sample], float, float]:
+        """In a thread. When it looked is told as well: the loop may be busy, and hear of it seconds later."""
         began, now = time.thread_time(), time.monotonic()
         samples = look(
             [(supervisor, run.ram_bytes if _is_exact(run, now) else 0) for run, supervisor in runs.items()]
         )
-        return samples, time.thread_time() - began
+        return samples, now, time.thread_time() - began
 
     async def _look_at_cards(self) -> None:
         """Apart from the rest: a driver that hangs must not keep anybody from measuring memory."""

@@ -215,6 +215,27 @@ async def test_a_look_that_fails_does_not_end_the_sampling(
     assert not failures
 
 
+async def test_a_busy_loop_does_not_make_a_core_look_like_several(tmp_path: Path, monkeypatch) -> None:
+    """What a look saw counts from when it looked, not from when the loop has come to hear of it."""
+    loop, looks = asyncio.get_running_loop(), 0
+
+    def look(_: object) -> list[usage.Sample]:
+        nonlocal looks
+        if (looks := looks + 1) == 1:
+            loop.call_soon_threadsafe(time.sleep, 3.0)
+        return [usage.Sample(time.monotonic() - began, MIB, (1,), MIB)]  # one core, always
+
+    monkeypatch.setattr(usage, "look", look)
+    sampler = Sampler(every_secs=0.6)
+    seen = asyncio.Event()
+    began = time.monotonic()
+    with sampler.watch(1, tmp_path, told=lambda use: seen.set() if use.cores.count >= 3 else None) as use:
+        task = asyncio.create_task(sampler.run())
+        await asyncio.wait_for(seen.wait(), 60)
+        task.cancel()
+    assert use.cores.peak < 2
+
+
 async def test_a_run_that_forks_with_much_memory_is_not_taken_for_one_that_uses_it(
     tmp_path: Path, spawner: Spawner
 ) -> None:
