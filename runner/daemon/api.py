@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from runner import errors
+from runner.daemon.queuestate import QueueState
 from runner.process.tail import open_regular
 from runner.queues.base import QueueGone
 from runner.telemetry import redact
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
 
     from runner.daemon.deadletters import DeadLetters
     from runner.daemon.dispatch import Dispatcher
-    from runner.daemon.queuestate import QueueState
     from runner.daemon.runs import Active, Runs
     from runner.queues.catalog import Catalog
 
@@ -164,7 +165,12 @@ class Api:
                 {"error": f"the account {entry.ref.account} is not configured here"}, status_code=409
             )
         try:
+            # Known as finished, it would be acknowledged on sight where it comes marked: another host may have put it back.
+            state = QueueState(ref=entry.ref, backend=backend)
+            self._runs.published_anew(state, hashlib.sha256(body).hexdigest())
             await backend.publish(entry.ref, body)
+        except OSError as exc:
+            return _Json({"error": str(exc)}, status_code=503)
         except QueueGone:
             return _Json({"error": f"the queue {entry.ref} does not exist any more"}, status_code=409)
         except errors.QueueUnavailable as exc:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import tarfile
 import time
+import urllib.request
 
 import pytest
 
 from runner.daemon import queuestate
-from tests.integration.harness import daemon, not_before_it_printed
+from runner.queues.memory import MemoryBackend
+from tests.integration.harness import LIMIT_SECS, daemon, not_before_it_printed
 
 
 @pytest.fixture(autouse=True)
@@ -164,6 +167,34 @@ async def test_a_dead_letter_that_cannot_be_written_keeps_the_message(tmp_path):
         await it.queue.publish(it.queue.ref("rmq_a"), b"nonsense")
         await it.until(lambda: len(it.queue._delayed))
         assert b"nonsense" in {message.body for _, message in it.queue._delayed.values()}
+
+
+async def test_a_dead_letter_that_is_sent_again_runs_also_when_another_host_has_put_it_back(tmp_path):
+    class Elsewhere(MemoryBackend):
+        async def publish(self, queue, body):
+            await super().publish(queue, body)
+            self.broker.queues[queue.name].ready[-1].redelivered = marked
+
+    queue, marked = Elsewhere(), False
+    archive = tmp_path / "storage" / "exp-ws.tar"
+    async with daemon(tmp_path, queue) as it:
+        body = it.message("print('ran')")
+        whole = archive.read_bytes()
+        with tarfile.open(archive, "w") as tar:
+            tar.addfile(tarfile.TarInfo("../escaped"))
+        queue.declare("rmq_a")
+        await queue.publish(queue.ref("rmq_a"), body)
+        await it.until(it.dead)
+        await it.settled()
+        archive.write_bytes(whole)
+        marked = True
+        (letter,) = it.config.paths.state_dir.glob("dead-letter/*/*.json")
+        address = json.loads((it.config.paths.working_dir / "studio-runner.json").read_text())["address"]
+        again = urllib.request.Request(f"http://{address}/api/dead-letters/{letter.stem}", method="POST")
+        await asyncio.to_thread(lambda: urllib.request.urlopen(again, timeout=LIMIT_SECS).close())
+        await it.settled()
+        assert it.output() == "ran\n"
+        assert not it.dead()
 
 
 async def test_a_message_without_metadata_artifact_runs_and_gets_no_objects(tmp_path):
