@@ -73,25 +73,32 @@ class Accounts:
         async for event in watch.events():
             match event:
                 case Added() | Changed():
-                    self._remove(event.account.label)
-                    await self._add(event.account)
+                    await self._serve(event.account)
                 case Removed():
                     self._remove(event.label)
                     log.info("account gone: no more work is taken from it", account=event.label)
 
-    async def _add(self, account: Account) -> None:
-        assert self._backend is not None, "directories of credentials need backends"
+    async def _serve(self, account: Account) -> None:
+        """Open it, in place of what its file said before. One that cannot be used changes nothing: nobody meant to remove it."""
         try:
-            backend = self._backend(account)
+            backend = self._made(account)
         except errors.UsageError as exc:
             self._refused[account.label] = str(exc)
             log.warning("credentials cannot be used", name=account.label, why=str(exc))
             return
+        self._remove(account.label)
         await backend.open()
         self._open[account.label] = backend
         patterns = (account.match, account.mismatch) if isinstance(account, Rabbitmq) else (None, None)
         self._catalog.add(backend, match=patterns[0], mismatch=patterns[1])
         log.info("account added", account=account.label, kind=backend.kind)
+
+    def _made(self, account: Account) -> QueueBackend:
+        assert self._backend is not None, "directories of credentials need backends"
+        if (other := self._catalog.backend(account.label)) is not self._open.get(account.label):
+            assert other is not None
+            raise errors.UsageError("has the name of an account that an option opens: rename it")
+        return self._backend(account)
 
     def _remove(self, label: str) -> None:
         self._refused.pop(label, None)
