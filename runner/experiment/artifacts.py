@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import os
 import sys
 import tempfile
 import threading
@@ -17,6 +18,7 @@ from urllib.parse import urlsplit
 import structlog
 
 from runner import errors
+from runner.process.tail import open_regular
 from runner.storage import archive
 from runner.storage.base import NotFound
 from runner.storage.location import locate
@@ -265,8 +267,8 @@ class Artifacts:
         if fingerprint is None or self._stored.get(artifact.tag) == fingerprint:
             return
         if artifact.unpack is False and (single := _single_file(directory)) is not None:
-            with single.open("rb") as file:
-                self.put(location, file, single.stat().st_size)
+            with single as file:
+                self.put(location, file, os.fstat(file.fileno()).st_size)
         else:
             with tempfile.SpooledTemporaryFile(_SPOOL_BYTES, dir=str(self._workspace.private)) as spool:
                 packed = cast("BinaryIO", spool)
@@ -310,9 +312,12 @@ def _basename(location: Location, artifact: Artifact) -> str:
     return name or artifact.tag
 
 
-def _single_file(directory: Path) -> Path | None:
-    entries = list(directory.iterdir())
-    return entries[0] if len(entries) == 1 and entries[0].is_file() and not entries[0].is_symlink() else None
+def _single_file(directory: Path) -> BinaryIO | None:
+    """All that is in it, opened, when that is one file. It is opened first: a workload may put a link there at any moment."""
+    names = os.listdir(directory)  # noqa: PTH208 - names
+    with contextlib.suppress(FileNotFoundError):
+        return open_regular(directory / names[0]) if len(names) == 1 else None
+    return None
 
 
 def _first(group: BaseExceptionGroup[errors.RunnerError]) -> errors.RunnerError:

@@ -30,7 +30,8 @@ class Command:
     argv: tuple[str, ...]  #: argv[0] is looked up on the PATH of `env` when it has no slash
     env: Mapping[str, str]  #: the complete environment: nothing is inherited
     cwd: Path
-    output: Path  #: stdout and stderr are appended here; made (0600) when missing. stdin is /dev/null
+    #: stdout and stderr are appended here; made (0600) when missing; never through a link. stdin is /dev/null
+    output: Path
     grace_secs: float = (
         10.0  #: between TERM and KILL when the daemon vanishes, bounded to 3 by the supervisor
     )

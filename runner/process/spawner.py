@@ -17,6 +17,7 @@ import structlog
 
 from runner import errors
 from runner.process import base, cgroups
+from runner.process.tail import open_unlinked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -365,7 +366,7 @@ def _oom_counter() -> Path:
 
 @contextlib.contextmanager
 def _output_of(command: base.Command) -> Iterator[int]:
-    fd = os.open(command.output, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY, 0o600)
+    fd = open_unlinked(command.output, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOCTTY)
     try:
         yield fd
     finally:

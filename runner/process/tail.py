@@ -11,15 +11,24 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+def open_unlinked(path: Path, flags: int) -> int:
+    """Open a file of which neither the name nor the directory is a link: a workload could have put one there. Raises OSError."""
+    directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        return os.open(path.name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=directory)
+    finally:
+        os.close(directory)
+
+
 def open_regular(path: Path, flags: int = os.O_RDONLY) -> BinaryIO:
     """Open, unbuffered, a file that lies where a workload can put something else: a named pipe would wait for ever.
 
-    Raises OSError; FileNotFoundError also for a link, and for what is no regular file.
+    Raises OSError; FileNotFoundError also for a link, or a directory that is one, and for what is no regular file.
     """
     try:
-        fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+        fd = open_unlinked(path, flags | os.O_NONBLOCK)
     except OSError as exc:
-        if exc.errno in {errno.ELOOP, errno.ENXIO}:
+        if exc.errno in {errno.ELOOP, errno.ENOTDIR, errno.ENXIO}:
             raise FileNotFoundError(errno.ENOENT, "no regular file", str(path)) from exc
         raise
     if not stat.S_ISREG(os.fstat(fd).st_mode):

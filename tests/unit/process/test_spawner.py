@@ -124,6 +124,20 @@ async def test_an_output_that_cannot_be_opened_raises(bench: Bench, starter: Spa
         await starter.run(bench.command("true", output=bench.directory / "none" / "output"))
 
 
+@pytest.mark.parametrize("link", ["output", ""])
+async def test_output_goes_through_no_link(bench: Bench, starter: Spawner, link: str) -> None:
+    """What prepared a run may have left one there: the daemon may write where it may not."""
+    elsewhere, place = bench.directory / "elsewhere", bench.directory / "place"
+    elsewhere.mkdir()
+    (elsewhere / "output").touch()
+    if link:
+        place.mkdir()
+    (place / link).symlink_to(elsewhere / link)
+    with pytest.raises(OSError, match=r"symbolic links|Not a directory"):
+        await starter.run(bench.command("echo", "printed", output=place / "output"))
+    assert not (elsewhere / "output").read_text()
+
+
 async def test_a_large_environment_arrives(bench: Bench, starter: Spawner) -> None:
     env = {f"NAME_{number}": "x" * 10_000 for number in range(120)}
     assert (await starter.run(bench.command("/usr/bin/env", env=env))).ok

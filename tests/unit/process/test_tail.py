@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
-from runner.process.tail import Tail
+import pytest
+
+from runner.process.tail import Tail, open_regular
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -44,3 +47,26 @@ def test_reading_goes_on_at_a_given_offset(tmp_path: Path) -> None:
     path = tmp_path / "output"
     path.write_bytes(b"old new")
     assert Tail(path, offset=4).read_new(100) == b"new"
+
+
+def test_only_a_file_that_is_there_itself_is_opened(tmp_path: Path) -> None:
+    real = tmp_path / "real"
+    real.mkdir()
+    (real / "output").write_bytes(b"text")
+    (real / "link").symlink_to("output")
+    (real / "directory").mkdir()
+    os.mkfifo(real / "pipe")
+    (tmp_path / "linked").symlink_to("real")
+    with open_regular(real / "output") as file:
+        assert file.read() == b"text"
+    for path in (
+        "real/link",
+        "real/directory",
+        "real/pipe",
+        "real/none",
+        "none/output",
+        "linked/output",
+        "real/output/x",
+    ):
+        with pytest.raises(FileNotFoundError):
+            open_regular(tmp_path / path)
