@@ -82,12 +82,13 @@ class Engine:
         workspace: Path,
         scratch: Path,
         empty: Path,
+        hidden: Path,
         gpus: bool,
     ) -> tuple[str, ...]:
         """The command line that runs `program` in `image`, with nothing of this host but the run's directory. Blocks, below 1 ms.
 
         The image's root cannot be written; its /tmp is in `scratch`, so that the disk counts as the run's. `empty` is an empty
-        directory, which stands for what may not be seen.
+        directory, which stands for what may not be seen: files of the kernel, and `hidden`, in the run's directory.
         Raises errors.UsageError when that directory cannot be said to the engine.
         """
         if re.search(r"[:,\\]", str(run_dir)):
@@ -98,7 +99,7 @@ class Engine:
             *(self.path, "--silent", "exec", "--containall", "--cleanenv", "--no-home", "--no-privs"),
             *(("--nv",) if gpus else ()),
             *kernelfiles.binds(empty),
-            *("--workdir", str(scratch), "--bind", str(run_dir), "--pwd", str(workspace)),
+            *("--workdir", str(scratch), "--bind", f"{run_dir},{empty}:{hidden}:ro", "--pwd", str(workspace)),
             *(str(image), *program),
         )
 

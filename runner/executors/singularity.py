@@ -52,7 +52,7 @@ class SingularityExecutor(Executor):
         )
         engine = self._engine()
         async with self._image(spec.image, log) as image:
-            container = _Container(engine, image.path, spec)
+            container = _Container(engine, image.path, spec, hidden=log.parent)
             await asyncio.to_thread(container.create)
             env = engines.only(self._environ) | engines.scratch_variables(container.folder)
             warnings = await self._install(container, env, log)
@@ -187,7 +187,8 @@ class _Image:
 class _Container:
     """What one run needs around its image."""
 
-    def __init__(self, engine: Engine, image: Path, spec: RunSpec) -> None:
+    def __init__(self, engine: Engine, image: Path, spec: RunSpec, *, hidden: Path) -> None:
+        """`hidden`: the runner's own directory of the run, with the message in it."""
         self.spec = spec
         self.folder = spec.run_dir / "container"
         self.requirements = self.folder / "requirements.txt"
@@ -195,6 +196,7 @@ class _Container:
         self.inside = Inside(self.folder, self.overlay, spec.env)
         self._engine = engine
         self._image = image
+        self._hidden = hidden
 
     def create(self) -> None:
         """Makes its directories and scripts. Blocks."""
@@ -213,6 +215,7 @@ class _Container:
             workspace=self.spec.workspace,
             scratch=self.folder / "work",
             empty=self.folder / "empty",
+            hidden=self._hidden,
             gpus=bool(self.spec.gpus or self.spec.limits.gpus),
         )
 

@@ -76,6 +76,7 @@ class Bench:
         workspace = run_dir / "experiments" / "x" / "workspace"
         workspace.mkdir(parents=True)
         (run_dir / "tmp").mkdir()
+        (run_dir / "_runner").mkdir()
         if filename is not None and script:
             (workspace / filename).write_text(script)
         env = {"HOME": str(run_dir), "TMPDIR": str(run_dir / "tmp"), **more.pop("env", {})}
@@ -87,7 +88,7 @@ class Bench:
         return RunSpec(run_dir=run_dir, workspace=workspace, filename=filename, env=env, image=chosen, **more)
 
     def log(self, spec: RunSpec) -> pathlib.Path:
-        return spec.run_dir / "builder.log"
+        return spec.run_dir / "_runner" / "builder.log"
 
     async def run(self, spec: RunSpec, executor: SingularityExecutor | None = None):
         """How it ended, and what it printed."""
@@ -169,6 +170,25 @@ print("on stderr", file=sys.stderr)
     assert not pathlib.Path("/tmp/evaluated").exists()
     assert (spec.workspace.parent / "made").read_text() == "x"
     assert sum(file.stat().st_size for file in spec.run_dir.rglob("scratch")) == 1000, "/tmp is not the run's"
+
+
+async def test_what_is_the_daemon_s_in_the_run_s_directory_is_out_of_reach(bench, images):
+    script = """
+import os
+os.chdir("../../..")
+print(os.listdir("_runner"))
+for what, *paths in ((os.mkdir, "_runner/made"), (os.rename, "_runner", "moved")):
+    try:
+        what(*paths)
+        print("done:", *paths)
+    except OSError:
+        pass
+"""
+    spec = bench.spec(images["python"], script=script)
+    (spec.run_dir / "_runner" / "request.json").write_text("the message")
+    ended, printed = await bench.run(spec)
+    assert ended.ok, printed
+    assert printed == "[]\n"
 
 
 async def test_root_in_a_container_cannot_write_the_kernel_s_settings(bench, images):

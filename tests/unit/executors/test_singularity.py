@@ -65,7 +65,7 @@ class Bench:
 
     def spec(self, image: Image, *, name: str = "run", filename: str | None = "main.py", **more) -> RunSpec:
         run_dir = self.root / name
-        workspace = run_dir / "workspace"
+        workspace = run_dir / "experiments" / "x" / "workspace"
         workspace.mkdir(parents=True)
         (workspace / "main.py").write_text("import os, sys; print(sys.argv[1:], os.environ['SECRET'])")
         env = {"SECRET": "canary-1"}
@@ -88,7 +88,8 @@ def by_reference(reference: str = REFERENCE) -> Image:
 async def test_the_command_lines(bench):
     bench.install()
     spec = bench.spec(by_reference(), args=("a b", "$(id)"), limits=Limits(gpus=("GPU-1",)))
-    log = bench.root / "log"
+    log = spec.run_dir / "_runner" / "log"
+    log.parent.mkdir()
     executor = bench.executor(APPTAINER_DOCKER_PASSWORD="canary-2", APPTAINER_BIND="/etc", HTTPS_PROXY="p")
     async with executor.prepare(spec, log) as prepared:
         image = prepared.argv[prepared.argv.index("/bin/sh") - 1]
@@ -104,8 +105,14 @@ async def test_the_command_lines(bench):
                 "--no-privs",
             ),
             *("--nv", *kernelfiles.binds(container / "empty")),
-            *("--workdir", str(container / "work"), "--bind", str(spec.run_dir)),
-            *("--pwd", str(spec.workspace), image, "/bin/sh", str(container / "program.sh")),
+            *("--workdir", str(container / "work")),
+            *(
+                "--bind",
+                f"{spec.run_dir},{container / 'empty'}:{log.parent}:ro",
+                "--pwd",
+                str(spec.workspace),
+            ),
+            *(image, "/bin/sh", str(container / "program.sh")),
             *("python", "main.py", "a b", "$(id)"),
         )
         assert Path(image).parent == bench.root / "cache" / "images"
