@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import dataclasses
 import os
+import re
 import secrets
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,10 @@ REAP_TRIES = 10
 REAP_PAUSE_SECS = 30.0
 #: How clients end when the program is not there.
 _NOT_FOUND, _NOT_EXECUTABLE = 127, 126
+# How engines word that nothing tells them how to give a card: NVIDIA's toolkit, or its list of devices (CDI).
+_NO_CARDS = re.compile(
+    r"could not select device driver|unresolvable CDI devices|no known GPU vendor", re.IGNORECASE
+)
 
 
 class DockerExecutor(Executor):
@@ -217,7 +222,8 @@ class DockerExecutor(Executor):
         """What became of the program, of which `ended` is only the client.
 
         Raises errors.Unreachable (the engine is gone, and with it the knowledge), errors.ProcessLost (the container is, or
-        nobody reads what it prints), errors.EnvironmentFailed (the engine could not start it).
+        nobody reads what it prints), errors.EnvironmentFailed (the engine could not start it), errors.NoEngine (it can
+        start none with cards).
         """
         if ended.error is not None:
             raise errors.ProcessLost(f"the client of {engine.name} {ended}")
@@ -226,7 +232,7 @@ class DockerExecutor(Executor):
             again = await engine.ask("create", *command)  # it says why, once more
             if again.ok:
                 raise errors.ProcessLost("the container of the run is gone")
-            raise errors.EnvironmentFailed(f"{engine.name} cannot make the container: {again.last}")
+            raise _not_made(f"{engine.name} cannot make the container: {again.last}")
         code, status, why = (
             int(state.get("ExitCode", 0)),
             str(state.get("Status")),
@@ -246,7 +252,7 @@ class DockerExecutor(Executor):
                 return dataclasses.replace(
                     ended, code=None, signal=None, error=why or "not found in the image"
                 )
-            raise errors.EnvironmentFailed(f"{engine.name} could not start the container: {why or ended}")
+            raise _not_made(f"{engine.name} could not start the container: {why or ended}")
         oom = ""
         if state.get("OOMKilled") and code:
             oom = f"the container was at its limit of {spec.limits.ram_bytes / 1e9:.3g} GB of memory"
@@ -286,6 +292,11 @@ class DockerExecutor(Executor):
             except errors.Unreachable:
                 return True
         return False
+
+
+def _not_made(text: str) -> errors.RunnerError:
+    """Why there was no container. An engine that can give no cards is as good as none: another host may have one that can."""
+    return errors.NoEngine(text) if _NO_CARDS.search(text) else errors.EnvironmentFailed(text)
 
 
 def _facts(

@@ -266,6 +266,13 @@ async def test_what_the_engine_refuses_is_told_in_its_words(place):
     assert place.docker.containers() == []
 
 
+async def test_cards_that_the_engine_cannot_give_are_for_other_hosts(place):
+    spec = place.spec("", "/bin/id", filename=None, limits=Limits(gpus=("GPU-0",)))
+    with pytest.raises(errors.NoEngine, match=r"docker c.*: (?s:.*)[gG][pP][uU]"):
+        await place.run(spec)
+    assert place.docker.containers() == []
+
+
 SLEEPER = """
 import signal, sys, time
 signal.signal(signal.SIGTERM, {how})

@@ -361,6 +361,17 @@ async def test_how_a_run_ended_is_what_the_engine_says(place, state, ended, expe
             errors.EnvironmentFailed,
             "no nvidia driver",
         ),
+        (
+            {
+                "text": ENDED
+                | {
+                    "Status": "created",
+                    "Error": 'could not select device driver "" with capabilities: [[gpu]]',
+                }
+            },
+            errors.NoEngine,
+            "could not select device driver",
+        ),
         ({"text": ENDED | {"ExitCode": 1}}, errors.Unreachable, "went away while the container ran"),
         ({"text": "No such container", "code": 1}, errors.ProcessLost, "is gone"),
         ({"text": "Cannot connect to the Docker daemon", "code": 1}, errors.Unreachable, "does not answer"),
