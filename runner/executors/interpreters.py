@@ -44,6 +44,8 @@ PLACES = (
     "/usr/local/bin",
     "/usr/bin",
 )
+#: variables that say that pyenv's and uv's are not where they are by custom
+ELSEWHERE = {"PYENV_ROOT": "versions/*/bin", "UV_PYTHON_INSTALL_DIR": "*/bin"}
 _NAME = re.compile(r"python[23]?(\.\d+)?")  # not python3.13t (free-threaded), python3-config, ...
 _WANTED = re.compile(
     r"\s*(?:c?python)?\s*(\d+)(?:\.(\d+))?(?:\.(\d+))?(?:[^\d].*)?", re.DOTALL | re.IGNORECASE
@@ -156,8 +158,9 @@ class Interpreters:
         """Real paths and modification times of what is called python: the runner's own, PATH, the usual places."""
         home = self._environ.get("HOME", "~")
         places = [home + place[1:] if place.startswith("~") else place for place in self._places]
-        if managed := self._environ.get("UV_PYTHON_INSTALL_DIR"):
-            places.append(f"{managed}/*/bin")
+        for name, below in ELSEWHERE.items():
+            if root := self._environ.get(name):
+                places.append(f"{root}/{below}")
         folders = self._environ.get("PATH", os.defpath).split(os.pathsep)
         folders += [folder for place in places for folder in sorted(glob.glob(place))]  # noqa: PTH207 - text, as PATH is
         own = str(getattr(sys, "_base_executable", sys.executable))

@@ -131,6 +131,21 @@ async def test_real_ones_are_asked_and_shims_and_copies_are_passed_over(spawner,
     assert list(json.loads(cache_file.read_text())) == [str(binary)]
 
 
+@pytest.mark.parametrize(
+    ("variable", "below"), [("PYENV_ROOT", "versions/3.8.1"), ("UV_PYTHON_INSTALL_DIR", "cpython-3.8.1")]
+)
+async def test_those_of_pyenv_and_uv_are_found_where_their_variables_say(tmp_path, spawner, variable, below):
+    path = tmp_path / "elsewhere" / below / "bin" / "python3.8"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"\x7fELF")
+    path.chmod(0o755)
+    cache_file = tmp_path / "interpreters.json"
+    cache_file.write_text(json.dumps({str(path): (path.stat().st_mtime_ns, [3, 8, 1])}))
+    environ = {"PATH": "", "HOME": str(tmp_path), variable: str(tmp_path / "elsewhere")}
+    there = Interpreters(spawner, cache_file, environ=environ, places=())
+    assert (await there.choose("3.8", fallback=False)).interpreter.path == path
+
+
 async def test_a_damaged_cache_file_is_forgotten(machine, tmp_path, spawner):
     (tmp_path / "i.json").write_text('{"/x": 1}')
     there = Interpreters(spawner, tmp_path / "i.json", environ={"PATH": "", "HOME": str(tmp_path)}, places=())
