@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import os
 import sys
 import tempfile
@@ -18,12 +19,13 @@ from runner.cli.finding import Finding, unusable
 from runner.client.message import Storage
 from runner.credentials import directory
 from runner.credentials.accounts import Account, QueueDirectory, Rabbitmq
+from runner.experiment import record
 from runner.process.spawner import Spawner
 from runner.storage.base import Credentials, Forbidden, Location, NotFound
 from runner.storage.registry import Stores
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Coroutine, Iterable
+    from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 
     from runner.config import Config
     from runner.queues.base import QueueInfo
@@ -48,8 +50,10 @@ async def examine(config: Config, stores: Iterable[str]) -> list[Finding]:
             machine.containers(config, spawner),
             machine.interpreters(config, spawner),
             _accounts(config),
-            *[_store(config, url) for url in stores],
+            *[_store(config, functools.partial(_place, url)) for url in stores],
         ]
+        if config.runs.metadata_store is not None:
+            checks.append(_store(config, functools.partial(_manifests, config), "--metadata-store"))
         groups = await asyncio.gather(*checks)
     finally:
         await spawner.aclose()
@@ -230,16 +234,26 @@ def _habits(account: Rabbitmq) -> list[Finding]:
     return found
 
 
-async def _store(config: Config, url: str) -> list[Finding]:
+async def _store(config: Config, place_of: Callable[[], Location], named: str = "store") -> list[Finding]:
     stores = Stores(config.s3)
     try:
-        place = _place(url)
+        place = place_of()
         told = await asyncio.to_thread(_ask_store, stores, place)
     except errors.RunnerError as exc:
-        return [unusable("store", str(exc))]
+        return [unusable(named, str(exc))]
     finally:
         stores.close()
-    return [dataclasses.replace(told, subject=f"store {place.uri.rstrip('/')}")]
+    return [dataclasses.replace(told, subject=f"{named} {place.uri.rstrip('/')}")]
+
+
+def _manifests(config: Config) -> Location:
+    """Raises errors.Refused."""
+    place = record.metadata_store(config)
+    return (
+        dataclasses.replace(place, bucket=f"{place.bucket}/{place.key}", key="")
+        if place.scheme == "file"
+        else place
+    )
 
 
 def _place(url: str) -> Location:
@@ -272,7 +286,7 @@ def _local_store(path: Path) -> Finding:
             subject="",
             verdict="warning",
             text="is not there",
-            advice="the first submission makes it; is it mounted?",
+            advice="it is made when something is first stored there; is it mounted?",
         )
     if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
         return Finding(

@@ -16,6 +16,7 @@ from runner import errors, units
 from runner.cli.finding import Finding, unusable
 from runner.executors import docker_engine, engines
 from runner.executors.interpreters import OLDEST, Interpreters
+from runner.experiment import runas
 from runner.process import cgroups
 from runner.resources import cards, probe
 from runner.resources.gpus import Look, Nvml
@@ -23,6 +24,7 @@ from runner.resources.visibility import visible
 
 if TYPE_CHECKING:
     from runner.config import Config
+    from runner.executors.interpreters import Interpreter
     from runner.process.spawner import Spawner
     from runner.resources.gpus import Sight
 
@@ -246,5 +248,25 @@ async def interpreters(config: Config, spawner: Spawner) -> list[Finding]:
             verdict="ok",
             text=f"{listed}{'; too old: ' + ', '.join(old) if old else ''}",
             facts=facts,
-        )
+        ),
+        *([_another_user(config.runs.run_as, usable)] if config.runs.run_as else []),
     ]
+
+
+def _another_user(name: str, interpreters: list[Interpreter]) -> Finding:
+    """With --run-as: who that is, and whether they can start what the daemon would choose."""
+    try:
+        user = runas.resolve(name)
+    except errors.UsageError as exc:
+        return unusable("--run-as", str(exc))
+    assert user is not None
+    shut = [str(one.path) for one in interpreters if runas.closed(one.path, user) is not None]
+    if not shut:
+        return Finding(subject="--run-as", verdict="ok", text=f"experiments run as {user.name}")
+    return Finding(
+        subject="--run-as",
+        verdict="problem" if len(shut) == len(interpreters) else "warning",
+        text=f"{user.name} cannot enter where {', '.join(shut)} is: experiments that get it cannot start",
+        advice="install it where everybody may enter, not in a closed home: UV_PYTHON_INSTALL_DIR=/opt/python uv python install",
+        facts={"unreachable": shut},
+    )

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from runner.config import Config
     from runner.experiment.lifecycle import Experiment
     from runner.experiment.outcome import Outcome
     from runner.experiment.tools import Tools
@@ -320,13 +321,13 @@ class Record:
         name = manifests.manifest_name(
             project=experiment.request.project, key=experiment.request.key, accession=experiment.accession
         )
-        store = _metadata_store(self._tools)
+        store = metadata_store(self._tools.config)
         key = f"{store.key.rstrip('/')}/{name}".lstrip("/")
         experiment.artifacts.put(store.at(key), io.BytesIO(content), len(content))
 
 
-def _metadata_store(tools: Tools) -> Location:
-    """The operator's own store, opened with the operator's own AWS variables."""
+def metadata_store(config: Config) -> Location:
+    """The operator's own store (--metadata-store), opened with the operator's own AWS variables. Raises errors.Refused."""
     own = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-    address = Artifact(tag="metadata-store", qualified=tools.config.runs.metadata_store)
-    return locate(address, Request(key="-", env=own), tools.config.s3, allow_env_secrets=True)
+    address = Artifact(tag="metadata-store", qualified=config.runs.metadata_store)
+    return locate(address, Request(key="-", env=own), config.s3, allow_env_secrets=True)

@@ -77,7 +77,16 @@ def open_up(runs: Path, user: User) -> None:
         errors.UsageError: a directory above it lets nobody in; it names the directory.
     """
     runs.chmod(0o711)
-    for directory in runs.absolute().parents:
+    if (directory := closed(runs, user)) is not None:
+        raise errors.UsageError(
+            f"--run-as {user.name}: that user cannot enter {directory}, where runs are: "
+            f"name another --working-dir, or `chmod o+x {directory}`"
+        )
+
+
+def closed(path: Path, user: User) -> Path | None:
+    """The directory above `path` that lets that user not pass; None: all do. Blocking; raises OSError."""
+    for directory in path.absolute().parents:
         info = directory.stat()
         mine = info.st_mode & stat.S_IXOTH
         if info.st_uid == user.uid:
@@ -85,10 +94,8 @@ def open_up(runs: Path, user: User) -> None:
         elif info.st_gid in {user.gid, *user.groups}:
             mine = info.st_mode & stat.S_IXGRP
         if not mine:
-            raise errors.UsageError(
-                f"--run-as {user.name}: that user cannot enter {directory}, where runs are: "
-                f"name another --working-dir, or `chmod o+x {directory}`"
-            )
+            return directory
+    return None
 
 
 def hand_over(workspace: Workspace, user: User) -> User:

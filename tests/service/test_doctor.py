@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import pathlib
 import subprocess
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
@@ -12,9 +14,6 @@ from runner.cli.main import main
 from tests.servers import nvml
 from tests.servers.daemon import PROGRAM, clean_environment
 from tests.servers.seaweedfs import ADMIN
-
-if TYPE_CHECKING:
-    import pathlib
 
 pytestmark = pytest.mark.service
 
@@ -99,6 +98,37 @@ def test_stores(tmp_path, seaweedfs):
     assert (code, refused["verdict"]) == (1, "problem")
     assert "AWS_ACCESS_KEY_ID" in refused["advice"]
     assert "wrong-secret" not in json.dumps(found)
+
+
+def test_the_metadata_store_is_one_too(tmp_path):
+    (tmp_path / "manifests").mkdir()
+    for where, verdict in (
+        (f"file://{tmp_path}/manifests", "ok"),
+        ("s3://127.0.0.1:1/bucket/prefix", "problem"),
+        ("gs://bucket/prefix", "problem"),
+    ):
+        code, found = doctor(tmp_path, f"--metadata-store={where}")
+        (finding,) = (each for subject, (each,) in found.items() if subject.startswith("--metadata-store"))
+        assert (finding["verdict"], code) == (verdict, int(verdict == "problem")), finding
+
+
+def test_another_user_for_experiments_must_reach_the_interpreters(tmp_path):
+    _, found = doctor(tmp_path, "--run-as=no-such-user")
+    assert verdicts(found["--run-as"]) == ["problem"]
+    if os.geteuid():
+        return
+    (told,) = doctor(tmp_path, "--run-as=54321")[1]["--run-as"]
+    (python,) = found["python"]
+    interpreters = [
+        one["path"] for one in python["facts"]["interpreters"] if not one["version"].startswith("2.")
+    ]
+    reached = [
+        path
+        for path in interpreters
+        if all(above.stat().st_mode & 0o001 for above in pathlib.Path(path).parents)
+    ]
+    assert told["verdict"] == ("ok" if reached == interpreters else "warning" if reached else "problem"), told
+    assert set(told["facts"].get("unreachable", [])) == set(interpreters) - set(reached)
 
 
 def test_options_are_those_of_the_daemon(capsys):
