@@ -42,7 +42,9 @@ class Daemon:
         if self.working_dir is not None:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 return str(orjson.loads((self.working_dir / ADDRESS_FILE).read_bytes())["address"])
-        raise Away(f"no daemon works in {self.working_dir}")
+        raise Away(
+            f"no daemon works in {self.working_dir}: start one, or name it by --working-dir or --address"
+        )
 
     def get(self, path: str) -> bytes:
         """What it answers. Blocking, for some seconds at the most.

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from runner.client.views import DaemonView, Ending, Seen, StorageView
+from runner.client.views import DaemonView, Ending, Seen, StorageView, rank
 from runner.metadata import merge
 from runner.metadata.scrape import Scraper
 
@@ -82,7 +82,7 @@ class _Follower:
     """What was told so far."""
 
     def __init__(self, submitted: Submitted, stores: Stores, daemon: Daemon | None) -> None:
-        self._daemon: View | None = DaemonView(daemon, submitted) if daemon is not None else None
+        self._daemon = DaemonView(daemon, submitted) if daemon is not None else None
         self._storage: View = StorageView(stores, submitted)
         self._accession: str | None = None
         self._offset = 0
@@ -92,10 +92,19 @@ class _Follower:
 
     async def look(self) -> Seen | None:
         seen = await self._daemon.look() if self._daemon is not None else None
-        if seen is not None and (seen.accession is not None or seen.ending is not None):
+        if seen is not None and (seen.ending is not None or (seen.accession and seen.stage != "queued")):
             return seen
-        # A daemon that was started anew does not know what its predecessor finished.
-        return await self._storage.look() or seen
+        # A daemon that was started anew does not know what its predecessor finished, and none what another one runs.
+        stored = await self._storage.look()
+        if stored is not None and seen is not None and seen.accession and rank(seen) >= rank(stored):
+            return seen  # the attempt that it has put back: it says more of why
+        return stored or seen or self._unseen()
+
+    def _unseen(self) -> Seen | None:
+        """Before anything is known of it: that nobody can be asked. Who forgot to start a daemon would wait without a word."""
+        if self._daemon is None or not self._daemon.away or self._accession is not None:
+            return None
+        return Seen(stage="queued", note=f"{self._daemon.away}; meanwhile the storage is watched")
 
     def changed(self, seen: Seen) -> Stage | None:
         if seen.accession is not None and seen.accession != self._accession:

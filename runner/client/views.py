@@ -10,6 +10,7 @@ import re
 import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import orjson
 
@@ -34,8 +35,23 @@ _PREFIX = "metadata/scrape-host-"
 _COUNTDOWN = re.compile(r"^backing off for \d+ s more: | for \d+ s$")
 _MAX_ATTEMPTS = 3  # DESIGN.md rule 3
 #: Endings after which the message goes back to its queue for certain, and those after which it does so unless it was the last attempt.
-_NEVER_FINAL = {errors.Reason.DRAINED, errors.Reason.LEASE_LOST, errors.Reason.STORAGE, errors.Reason.QUEUE}
-_TRIED_AGAIN = {errors.Reason.ARTIFACT, errors.Reason.ENVIRONMENT, errors.Reason.RUNNER}
+#: `disk` is among neither: of what used more than it had asked for it is final, and a disk that was full is not told from that.
+_NEVER_FINAL = {
+    errors.Reason.DRAINED,
+    errors.Reason.LEASE_LOST,
+    errors.Reason.STORAGE,
+    errors.Reason.QUEUE,
+    errors.Reason.CAPACITY,
+    errors.Reason.NEVER_FITS,
+    errors.Reason.NO_KEY,
+    errors.Reason.NO_ENGINE,
+}
+_TRIED_AGAIN = {
+    errors.Reason.ARTIFACT,
+    errors.Reason.ENVIRONMENT,
+    errors.Reason.GPU,
+    errors.Reason.RUNNER,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,9 +102,11 @@ class DaemonView(View):
     def __init__(self, daemon: Daemon, submitted: Submitted) -> None:
         self._daemon = daemon
         self._submitted = submitted
+        self.away = ""  #: why it did not answer the last time; empty when it did
 
     async def look(self) -> Seen | None:
         """None while it does not answer. Raises errors.UsageError when it does not let us in."""
+        self.away = ""
         try:
             told = await asyncio.to_thread(
                 self._daemon.get_json, f"/api/runs?digest={self._submitted.digest}"
@@ -101,7 +119,8 @@ class DaemonView(View):
             if told["recent"]:
                 return _recent(told["recent"][-1])
             return Seen(stage="queued", note=await asyncio.to_thread(self._why_queued))
-        except Away:
+        except Away as exc:
+            self.away = str(exc)
             return None
 
     async def output(self, seen: Seen, offset: int) -> bytes:
@@ -114,11 +133,10 @@ class DaemonView(View):
             return b""
 
     def _why_queued(self) -> str:
-        queues = self._daemon.get_json("/api/queues")["queues"]
-        for queue in queues:
-            if queue["queue"].rpartition("?")[2] == self._submitted.queue:
-                return _COUNTDOWN.sub("", queue["closed_because"] or "")
-        return f"the daemon at {self._daemon.where()} has not found its queue yet"
+        told = self._daemon.get_json(f"/api/queues?queue={quote(self._submitted.queue)}")
+        if told["queues"]:
+            return _COUNTDOWN.sub("", told["queues"][0]["closed_because"] or "")
+        return f"the daemon at {self._daemon.where()} does not serve its queue yet: {told['why']}"
 
 
 def _recent(record: Mapping[str, Any]) -> Seen:
@@ -180,8 +198,8 @@ class StorageView(View):
         )
 
     def _newest(self) -> Seen | None:
-        """The latest attempt. Not by its number: one that was put back is not counted."""
-        return max((seen for _, seen in self._ours.values()), key=_began, default=None)
+        """The attempt that is the end, else the latest. Not by its number: one that was put back is not counted."""
+        return max((seen for _, seen in self._ours.values()), key=rank, default=None)
 
     def _read_new(self) -> None:
         store = self._stores.store(self._location)
@@ -253,8 +271,9 @@ class _Open:
         self._stack.close()
 
 
-def _began(seen: Seen) -> int:
-    return Accession.parse(seen.accession or "").second
+def rank(seen: Seen) -> tuple[bool, int]:
+    """Orders attempts, which have accessions, by what is newer. Clocks of hosts differ; what is over for good is so whatever they say."""
+    return seen.ending is not None, Accession.parse(seen.accession or "").second
 
 
 def _stored(document: Mapping[str, Any], accession: str) -> Seen:
@@ -264,10 +283,11 @@ def _stored(document: Mapping[str, Any], accession: str) -> Seen:
     attempt = document.get("runner", {}).get("attempt", 1)
     if (status := studioml.get("status", "running")) == "running":
         return Seen(stage="running", attempt=attempt, accession=accession)
-    reason = studioml.get("reason", "exit")
-    if reason in _NEVER_FINAL or (reason in _TRIED_AGAIN and attempt < _MAX_ATTEMPTS):
+    reason, exit_code = studioml.get("reason", "exit"), studioml.get("exit_code")
+    # With an exit code it has run: then it is its results that were refused, and those are not asked for again.
+    again = reason in _TRIED_AGAIN and attempt < _MAX_ATTEMPTS and exit_code is None
+    if reason in _NEVER_FINAL or again:
         return Seen(stage="queued", attempt=attempt, accession=accession, note=f"attempt {attempt}: {reason}")
-    exit_code = studioml.get("exit_code")
     ending = Ending(
         status=status,
         reason=reason,

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from runner import config
+from runner import config, errors
 from runner.client import follow, views
+from runner.client.api import Daemon
 from runner.client.submit import Submitted
 from runner.client.views import Ending, Seen, StorageView
 from runner.storage.base import Location
@@ -90,6 +91,9 @@ async def test_rubbish_under_the_same_name_is_passed_over(submitted: Submitted):
         ("drained", 3, False),
         ("storage", 3, False),
         ("lease-lost", 1, False),
+        ("gpu", 1, False),
+        ("gpu", 3, True),
+        ("no-engine", 3, False),
     ],
 )
 async def test_attempts_that_go_back_to_the_queue_are_not_the_end(
@@ -99,6 +103,28 @@ async def test_attempts_that_go_back_to_the_queue_are_not_the_end(
     seen = await look(StorageView(Stores(config.S3()), submitted))
     assert seen is not None
     assert (seen.ending is not None) == final
+
+
+def test_each_error_that_puts_a_message_back_is_known_for_that():
+    tree, found = [errors.RunnerError], set()
+    while tree:
+        cls = tree.pop()
+        tree += cls.__subclasses__()
+        if cls.fate is errors.Fate.REQUEUE:
+            found.add((cls.reason, cls.counts))
+    assert {reason for reason, counts in found if not counts} <= views._NEVER_FINAL | {
+        errors.Reason.RUNNER,
+        errors.Reason.CANCELLED,
+    }
+    assert {reason for reason, counts in found if counts} == views._TRIED_AGAIN | {errors.Reason.DISK}
+
+
+async def test_results_that_were_refused_are_the_end_of_what_has_run(submitted: Submitted):
+    store(submitted, "1r31eq", status="failed", reason="artifact", exit_code=0)
+    seen = await look(StorageView(Stores(config.S3()), submitted))
+    assert seen is not None
+    assert seen.ending is not None
+    assert seen.ending.code == 1
 
 
 async def test_the_latest_attempt_counts_also_when_its_number_is_the_same(submitted: Submitted):
@@ -160,6 +186,45 @@ async def test_a_second_attempt_prints_from_its_own_beginning(
     assert printed == b"first attempt, a long line\nsecond\n"
 
 
+async def test_that_nobody_answers_is_told_once_and_the_storage_is_believed(
+    submitted: Submitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(follow, "INTERVAL_SECS", 0.01)
+    events: list[follow.Event] = []
+    async with asyncio.timeout(60):
+        async for event in follow.follow(submitted, Stores(config.S3()), Daemon(working_dir=tmp_path)):
+            events.append(event)
+            if len(events) == 1:
+                store(submitted, "1r31eq", status="completed", reason="exit", exit_code=0)
+    first, last = events
+    assert isinstance(first, follow.Stage)
+    assert f"no daemon works in {tmp_path}: start one" in first.note
+    assert isinstance(last, follow.End)
+
+
+async def test_what_one_daemon_has_put_back_and_another_one_runs_is_followed_there(
+    submitted: Submitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The one that is asked knows of its own attempt only; the clock of the other one's host is behind."""
+    monkeypatch.setattr(follow, "INTERVAL_SECS", 0.01)
+    put_back = Seen(stage="queued", note="its GPU failed", accession="h-1r31et")
+
+    async def told(_: views.DaemonView) -> Seen:
+        return put_back
+
+    monkeypatch.setattr(views.DaemonView, "look", told)
+    store(submitted, "1r31et", status="failed", reason="gpu")
+    events: list[follow.Event] = []
+    async with asyncio.timeout(60):
+        async for event in follow.follow(submitted, Stores(config.S3()), Daemon(working_dir=tmp_path)):
+            events.append(event)
+            store(submitted, "1r31eq", b"ran\n", status="completed", reason="exit", exit_code=0, attempt=2)
+    assert events[0] == follow.Stage(stage="queued", note="its GPU failed")
+    assert events[1] == follow.Output(data=b"ran\n")
+    assert isinstance(events[-1], follow.End)
+    assert len(events) == 3
+
+
 @pytest.mark.parametrize(
     ("reason", "exit_code", "code"),
     [
@@ -175,6 +240,29 @@ def test_the_code_is_the_workloads_only_when_it_ended_by_itself(
     reason: str, exit_code: int | None, code: int
 ):
     assert Ending(status="failed", reason=reason, text="", exit_code=exit_code).code == code
+
+
+@pytest.mark.parametrize(
+    ("queues", "why", "note"),
+    [
+        ([{"queue": "local_a", "closed_because": None}], None, ""),
+        ([{"queue": "/v?local_a", "closed_because": "no core is free"}], None, "no core is free"),
+        ([{"queue": "local_a", "closed_because": "backing off for 9 s more: x for 8 s"}], None, "x"),
+        ([], "it does not match", "the daemon at h:1 does not serve its queue yet: it does not match"),
+    ],
+)
+async def test_why_it_waits_is_asked_of_the_daemon(
+    submitted: Submitted, queues: list[dict[str, str | None]], why: str | None, note: str
+):
+    class Told(Daemon):
+        def get_json(self, path: str) -> Any:
+            if path == "/api/runs?digest=d":
+                return {"running": [], "recent": []}
+            assert path == "/api/queues?queue=local_a"
+            return {"queues": queues, "why": why}
+
+    seen = await views.DaemonView(Told(address="h:1"), submitted).look()
+    assert seen == Seen(stage="queued", note=note)
 
 
 async def test_listing_is_not_done_at_every_look(submitted: Submitted):
