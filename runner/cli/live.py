@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 #: A stage that was shorter is not worth a line of its own.
 _SHORT_SECS = 0.5
 _LINE_CHARS = 10_000  # longer lines, and longer unfinished ones, are cut: a terminal is no log
+#: What is left of what steers a terminal when the colours were taken out.
+_CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\ufffd")
 
 
 class Live(show.Show):
@@ -92,7 +94,7 @@ class Live(show.Show):
         for line in lines:
             # What a progress bar has overwritten is gone, and only colours get through to the terminal.
             shown = line.rstrip("\r").rpartition("\r")[2]
-            self.console.print(Text.from_ansi(shown[:_LINE_CHARS]), soft_wrap=True)
+            self.console.print(_harmless(shown[:_LINE_CHARS]), soft_wrap=True)
 
     def _finish_stage(self) -> None:
         spent = time.monotonic() - self._stage_began
@@ -123,4 +125,13 @@ class Live(show.Show):
         partial = self._line.rpartition("\r")[2]
         if not partial:
             return self._spinner
-        return Group(Text.from_ansi(partial, no_wrap=True, overflow="ellipsis"), self._spinner)
+        unfinished = _harmless(partial)
+        unfinished.no_wrap, unfinished.overflow = True, "ellipsis"
+        return Group(unfinished, self._spinner)
+
+
+def _harmless(line: str) -> Text:
+    """What a workload printed, in its colours; nothing else of it reaches the terminal but characters."""
+    shown = Text.from_ansi(line)
+    shown.plain = shown.plain.translate(_CONTROLS)
+    return shown
