@@ -19,7 +19,7 @@ _PIPE_WIDTH = 1000
 Id = Annotated[str, typer.Argument(help="Its id, or the beginning or end of it.", metavar="ID")]
 Ids = Annotated[list[str] | None, typer.Argument(help="Ids, or beginnings or ends of them.", metavar="ID...")]
 Queue = Annotated[str | None, typer.Option(help="Only those of this queue.")]
-All = Annotated[bool, typer.Option("--all", help="All of them (or all of --queue).")]
+All = Annotated[bool, typer.Option("--all", metavar="", help="All of them (or all of --queue).")]
 
 
 def add_to(app: typer.Typer) -> None:

@@ -43,12 +43,13 @@ def doctor(
             help="A store that experiments use, as for `submit --storage`; repeatable.",
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON, for programs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", metavar="", help="JSON, for programs.")] = False,
 ) -> None:
     """Check this machine, its accounts and its stores, and say of each what to do.
 
-    Takes the options and variables of `serve`: give those of the daemon. Starts nothing, takes no work. Exit code 1 when
-    something is a problem, 0 when all is well or only warned of.
+    Takes the options and variables of `serve`: give those of the daemon. Starts nothing, takes no work.
+
+    Exit code 1 when something is a problem, 0 when all is well or only warned of.
     """
     from runner.cli import checks
     from runner.telemetry import logs

@@ -44,7 +44,7 @@ def print_help(usage: str) -> None:
         table = Table(box=None, show_header=False, padding=(0, 1), expand=True)
         table.add_column(no_wrap=True, style="bold cyan")
         table.add_column(no_wrap=True, style="yellow")
-        table.add_column(ratio=1)
+        table.add_column(ratio=1, overflow="fold")
         for option in options:
             about = Text(option.help)
             if not option.missing:

@@ -64,7 +64,9 @@ async def run_daemon(options: config.Config) -> int:
             mode = 0o700 if options.runs.run_as else 0o777
             options.queues.root.mkdir(mode=mode, parents=True, exist_ok=True)
         except OSError as exc:
-            raise errors.UsageError(f"--queue-root={options.queues.root}: {exc.strerror}") from exc
+            raise errors.UsageError(
+                f"--working-dir={options.paths.working_dir}: no directory of queues can be made in it: {exc.strerror}"
+            ) from exc
     code = await Service(options, parts(options)).run()
     if code >= FORCED:
         # "At once": a thread in a transfer that has stalled would be waited for, until its time limit.

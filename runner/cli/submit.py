@@ -84,7 +84,10 @@ def verb(  # noqa: PLR0917 - one parameter an option: that is how typer reads th
     persistent: Annotated[
         bool,
         typer.Option(
-            "--persistent", help="Make the queue durable, if it is not there yet.", rich_help_panel=_WHERE
+            "--persistent",
+            metavar="",
+            help="Make the queue durable, if it is not there yet.",
+            rich_help_panel=_WHERE,
         ),
     ] = False,
     experiment: Annotated[
@@ -170,11 +173,17 @@ def verb(  # noqa: PLR0917 - one parameter an option: that is how typer reads th
     wait: Annotated[
         bool,
         typer.Option(
-            "--wait", help="Follow it: its output, and in the end its exit code.", rich_help_panel=_AFTER
+            "--wait",
+            metavar="",
+            help="Follow it: its output, and in the end its exit code.",
+            rich_help_panel=_AFTER,
         ),
     ] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON object a line, for programs.", rich_help_panel=_AFTER)
+        bool,
+        typer.Option(
+            "--json", metavar="", help="One JSON object a line, for programs.", rich_help_panel=_AFTER
+        ),
     ] = False,
     address: Annotated[
         str,

@@ -22,7 +22,7 @@ Address: TypeAlias = Annotated[
     str, typer.Option(help="host:port of the daemon's HTTP port; without it the working directory tells.")
 ]
 Token: TypeAlias = Annotated[str | None, typer.Option(envvar="HTTP_TOKEN", help="The daemon's --http-token.")]
-AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="JSON, for programs.")]
+AsJson: TypeAlias = Annotated[bool, typer.Option("--json", metavar="", help="JSON, for programs.")]
 
 
 def working_directory(named: Path | None) -> Path:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,9 @@ def test_the_help_shows_every_option_whole(capsys, monkeypatch):
     options.print_help("studio-runner serve")
     shown = capsys.readouterr().out
     assert shown.count("\n") < 200
+    bare = re.sub(r"[\s│]", "", shown)  # however the lines are folded
     for option in OPTIONS:
         assert f"--{option.name} " in shown
         assert option.is_flag or option.kind.metavar in shown
+        assert option.help.replace(" ", "") in bare
+        assert option.missing or option.default.replace(" ", "") in bare or option.default_text

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -69,6 +70,13 @@ def test_without_a_verb_the_verbs_are_shown(capsys):
     assert all(verb in shown.out + shown.err for verb in ("serve", *main.VERBS))
 
 
+@pytest.mark.parametrize("words", [[], ["submit"], ["explain"], ["doctor"], ["dlq", "list"], ["dlq", "drop"]])
+def test_flags_look_as_if_they_took_no_value(words, capsys):
+    main.main(["studio-runner", *words, "--help"])
+    shown = [line for line in capsys.readouterr().out.splitlines() if "<bool>" in line]
+    assert not [line for line in shown if "--help" not in line]  # that one is typer's own
+
+
 def test_versions(capsys):
     assert main.main(["studio-runner", "--version"]) == 0
     assert main.main(["runner", "version"]) == 0
@@ -109,6 +117,13 @@ def test_an_interrupt_is_130(monkeypatch):
 
     monkeypatch.setattr(serve, "serve", interrupt)
     assert main.main(["runner"]) == main.EXIT_INTERRUPTED
+
+
+def test_a_working_directory_that_cannot_be_made_is_called_by_its_option(tmp_path):
+    (tmp_path / "file").touch()
+    given = tmp_path / "file" / "work"
+    with pytest.raises(errors.UsageError, match=rf"^--working-dir={given}: .*Not a directory$"):
+        asyncio.run(serve.run_daemon(config.parse([f"--working-dir={given}"], {})))
 
 
 def pem(tmp_path, text):
