@@ -30,7 +30,7 @@ RETRY_SECS = 10.0
 
 
 class Interrupted:
-    """Ends such documents in the background, one after the other, and removes the directories of their runs."""
+    """Ends such documents in the background, one after the other, and removes the directories of their runs (not with --debug)."""
 
     def __init__(self, tools: Tools, states: RunStates, left: Iterable[RunState]) -> None:
         self._tools = tools
@@ -59,7 +59,8 @@ class Interrupted:
                     exc_info=not expected,
                 )
             self._states.remove(state.run_id)
-            await asyncio.to_thread(workspace.remove)
+            if not self._tools.config.paths.keep_runs:
+                await asyncio.to_thread(workspace.remove)
 
     async def _end(self, state: RunState, workspace: Workspace) -> None:
         request = await reading.request_of(await asyncio.to_thread(workspace.request.read_bytes))

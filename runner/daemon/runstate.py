@@ -116,11 +116,11 @@ def _last_whole(data: bytes) -> RunState:
     raise ValueError("no whole line")
 
 
-def sweep(states: RunStates, runs: Path) -> tuple[list[RunState], list[RunState]]:
+def sweep(states: RunStates, runs: Path, *, keep: bool = False) -> tuple[list[RunState], list[RunState]]:
     """Sort what the last daemon left: runs whose results are still to be stored, and runs whose documents are to be ended.
 
     The latter were cut off, or go back to their queue. Directories of runs that no state tells of, and states whose directory
-    is gone, are removed. No process of theirs is left: their supervisors have seen to that.
+    is gone, are removed; the former stay with `keep`. No process of theirs is left: their supervisors have seen to that.
     """
     undelivered: list[RunState] = []
     interrupted: list[RunState] = []
@@ -133,7 +133,7 @@ def sweep(states: RunStates, runs: Path) -> tuple[list[RunState], list[RunState]
         final = state.outcome is not None and state.outcome.fate is errors.Fate.ACK
         (undelivered if final else interrupted).append(state)
     for path in runs.iterdir() if runs.is_dir() else ():
-        if path.name not in known and Workspace.is_one(path):
+        if not keep and path.name not in known and Workspace.is_one(path):
             Workspace(root=path).remove()
     return undelivered, interrupted
 

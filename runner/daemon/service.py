@@ -175,7 +175,9 @@ class Service:
                 ledger = Ledger(state_dir / "ledger.sqlite")
                 stack.callback(ledger.close)
                 states = runstate.RunStates(state_dir / "runs")
-                undelivered, interrupted = await asyncio.to_thread(runstate.sweep, states, runs_dir)
+                undelivered, interrupted = await asyncio.to_thread(
+                    runstate.sweep, states, runs_dir, keep=paths.keep_runs
+                )
                 left_behind = await asyncio.to_thread(runstate.messages, [*undelivered, *interrupted])
                 interrupted = runstate.correct(ledger, states, interrupted)
                 self._temporary_cache(stack)
@@ -358,6 +360,8 @@ class Service:
             accounts=[backend.account for backend in self._parts.backends],
             certs=[str(watch.path) for watch in self._parts.watches],
             queue_match=self._config.queues.match.pattern,
+            working_dir=str(self._config.paths.working_dir),
+            state_dir=str(self._config.paths.state_dir),
             start_secs=round(time.monotonic() - self._began, 3),
         )
         self._notifier.ready("serving")

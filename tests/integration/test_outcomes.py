@@ -208,6 +208,19 @@ async def test_a_message_without_metadata_artifact_runs_and_gets_no_objects(tmp_
         assert not it.documents()
 
 
+async def test_directories_of_runs_stay_for_who_wants_to_look_into_them(tmp_path):
+    async with daemon(tmp_path, paths={"keep_runs": True}) as it:
+        await it.submit("print('seen')")
+        await it.until(it.documents)
+        assert it.printed() == b"seen\n"
+    async with daemon(tmp_path, paths={"keep_runs": True}) as it:
+        await it.until((it.config.paths.working_dir / "studio-runner.json").exists)
+        assert it.printed() == b"seen\n"
+    async with daemon(tmp_path) as it:
+        await it.until((it.config.paths.working_dir / "studio-runner.json").exists)
+        assert not it.runs
+
+
 async def test_secrets_of_the_message_are_nowhere(tmp_path):
     script = "import os; print(os.environ['AWS_SECRET_ACCESS_KEY'][::-1] == 'vne-ni-yranac')"
     env = {"AWS_SECRET_ACCESS_KEY": "canary-in-env", "AWS_ACCESS_KEY_ID": "canary-key-id"}

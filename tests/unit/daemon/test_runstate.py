@@ -43,6 +43,8 @@ def test_the_sweep_keeps_what_is_undelivered_and_removes_what_nobody_knows(tmp_p
     done = state(runs, "done.0", Outcome.of_stop(errors.Reason.TIMEOUT, "x"))
     for each in (state(runs, "cut.0"), done, state(runs, "vanished.0")):
         states.save(each)
+    runstate.sweep(states, runs, keep=True)
+    assert (runs / "0123456789abcdef.0").is_dir()
     undelivered, interrupted = runstate.sweep(states, runs)
     assert undelivered == [done]
     assert [each.run_id for each in interrupted] == ["cut.0"]
