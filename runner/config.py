@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 #: The limits (INTEROP.md 8.6) are not looked at more often.
 MIN_INTERVAL_SECS = 2.0
+#: Accounts are not asked for their queues more often: 0 would ask a broker without a pause.
+MIN_REFRESH_SECS = 1.0
 _LOGXI_LEVELS = {
     "TRC": "debug",
     "DBG": "debug",
@@ -153,7 +155,7 @@ class Logs:
 class Runs:
     """How experiments are run."""
 
-    #: --grace: how long runs may go on after SIGTERM; None: until they are done
+    #: --grace: at SIGTERM runs get TERM as well, and KILL after so long; None: they go on until they are done
     grace_secs: float | None = None
     retries: int = 0  #: --retries: how often a workload that fails by itself is tried again
     metadata_schema: str = "1.0"  #: "1.0" (DESIGN.md 5.6) or "0.14"
@@ -328,7 +330,7 @@ class _Builder:
         return Queues(
             match=self._values["queue-match"],
             mismatch=self._values["queue-mismatch"],
-            refresh_secs=self._values["queue-refresh"],
+            refresh_secs=max(self._values["queue-refresh"], MIN_REFRESH_SECS),
             amqp_url=amqp_url,
             amqp_management_url=self._values["amqp-mgt-url"],
             rmq_lease=_rmq_lease(self._values["rmq-lease"]),

@@ -69,7 +69,7 @@ OPTIONS: tuple[Option, ...] = (
             "queue-refresh",
             kinds.DURATION,
             "10s",
-            "how often to look for new and deleted queues",
+            "how often to look for new and deleted queues; at least 1s",
             example="10s",
         ),
         _o(
@@ -145,7 +145,12 @@ OPTIONS: tuple[Option, ...] = (
             "attempts, dead letters, undelivered results; must survive restarts",
             default_text="`$STATE_DIRECTORY`, else `<working-dir>/state`",
         ),
-        _o("debug", kinds.FLAG, "false", "keep the directories of runs that ended"),
+        _o(
+            "debug",
+            kinds.FLAG,
+            "false",
+            "keep the directories of runs that ended; the next start without it removes them",
+        ),
     ),
     *_group(
         "Machine",
@@ -259,8 +264,8 @@ OPTIONS: tuple[Option, ...] = (
             "grace",
             kinds.DURATION,
             "",
-            "how long runs may go on after SIGTERM",
-            default_text="until they are done",
+            "at SIGTERM, end the runs as well: TERM at once, and KILL after so long",
+            default_text="they go on until they are done",
             example="10m",
         ),
         _o("limit-tasks", kinds.COUNT, "0", "end after having started so many experiments; 0: never"),

@@ -207,8 +207,10 @@ def test_addresses():
     ]
 
 
-def test_the_limits_are_not_looked_at_more_often_than_makes_sense():
-    assert config.parse(["--limit-interval=1ms"], {}).limits.interval_secs == config.MIN_INTERVAL_SECS
+def test_nothing_is_looked_at_more_often_than_makes_sense():
+    built = config.parse(["--limit-interval=1ms", "--queue-refresh=0"], {})
+    assert built.limits.interval_secs == config.MIN_INTERVAL_SECS
+    assert built.queues.refresh_secs == config.MIN_REFRESH_SECS
 
 
 def test_the_references_config_map_starts_unchanged():
