@@ -38,4 +38,4 @@ demo: $(VENV)  ## one experiment from queue to results, without a server
 	@.venv/bin/python tools/demo.py
 
 clean:  ## remove what the others made, the virtual environment too
-	rm -rf .venv .demo dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .test-venvs .demo dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
