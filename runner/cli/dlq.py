@@ -11,6 +11,7 @@ import typer
 
 from runner import errors
 from runner.cli import where
+from runner.client.api import Declined, Missing
 from runner.daemon.deadletters import DeadLetters, Entry
 
 _EMPTY = "no dead letters"
@@ -79,9 +80,18 @@ def requeue(
     """Publish them anew, at the end of their queues, as new messages; through the running daemon, which has the accounts."""
     letters = _letters(state_dir, working_dir)
     daemon = where.daemon(address, working_dir, token)
-    for entry in _chosen(letters, names, every, queue):
-        answer = daemon.post(f"/api/dead-letters/{quote(entry.id)}")
-        typer.echo(f"requeued {answer['requeued']} to {answer['queue']}")
+    chosen = _chosen(letters, names, every, queue)
+    stay = 0
+    for entry in chosen:
+        try:
+            answer = daemon.post(f"/api/dead-letters/{quote(entry.id)}")
+        except (Declined, Missing) as exc:  # the others go on
+            typer.echo(f"{entry.id}: {exc}", err=True)
+            stay += 1
+        else:
+            typer.echo(f"requeued {answer['requeued']} to {answer['queue']}")
+    if stay:
+        raise errors.RunnerError(f"{stay} of {len(chosen)} could not be requeued")
 
 
 def drop(

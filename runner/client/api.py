@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 #: Where a daemon writes down where it answers, in its working directory.
 ADDRESS_FILE = "studio-runner.json"
 _TIMEOUT_SECS = 10.0
+#: For what it has to ask a broker for, which has 15 seconds.
+_POST_SECS = 30.0
 
 
 class Away(errors.RunnerError):
@@ -25,6 +27,10 @@ class Away(errors.RunnerError):
 
 class Missing(errors.RunnerError):
     """The daemon knows no such thing."""
+
+
+class Declined(errors.RunnerError):
+    """The daemon cannot do that, and says why; it may well do other things."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,13 +63,13 @@ class Daemon:
         return self._ask("GET", path)
 
     def post(self, path: str) -> Any:
-        """Ask it to do something; its answer, parsed. Raises as `get`."""
-        return self._parsed(self._ask("POST", path))
+        """Ask it to do something; its answer, parsed. Raises as `get`, and `Declined`."""
+        return self._parsed(self._ask("POST", path, _POST_SECS))
 
-    def _ask(self, method: str, path: str) -> bytes:
+    def _ask(self, method: str, path: str, secs: float = _TIMEOUT_SECS) -> bytes:
         where = self.where()
         try:
-            connection = http.client.HTTPConnection(where, timeout=_TIMEOUT_SECS)
+            connection = http.client.HTTPConnection(where, timeout=secs)
             with contextlib.closing(connection):
                 headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
                 connection.request(method, path, headers=headers)
@@ -78,6 +84,8 @@ class Daemon:
                 raise errors.UsageError(f"the daemon at {where} wants a token: --token, or HTTP_TOKEN")
             case 404:
                 raise Missing(_reason(content) or f"the daemon at {where} has no {path}")
+            case 409:
+                raise Declined(_reason(content) or f"the daemon at {where} cannot do that now")
             case status:
                 raise Away(_reason(content) or f"the daemon at {where} answers with status {status}")
 

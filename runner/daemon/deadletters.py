@@ -20,6 +20,7 @@ from runner.request.redact import redact as redact_request
 from runner.telemetry import redact
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
 #: Larger messages are none that could be read; looking for secrets in them would stop the daemon for seconds.
@@ -128,13 +129,8 @@ class DeadLetters:
 
     def entries(self, queue: str | None = None) -> list[Entry]:
         """All of them, or those of one queue, oldest first. Blocking; files that cannot be read are left out."""
-        found = []
-        for path in self.directory.glob("*/*.json"):
-            with contextlib.suppress(OSError, orjson.JSONDecodeError):
-                document = orjson.loads(path.read_bytes())
-                if queue in {None, document.get("queue")}:
-                    found.append(Entry(id=path.stem, path=path, document=document))
-        return sorted(found, key=lambda entry: entry.id)
+        found = _read(self.directory.glob("*/*.json"))
+        return [entry for entry in found if queue in {None, entry.document.get("queue")}]
 
     def find(self, name: str) -> Entry:
         """The one whose id is, begins or ends with `name`. Blocking.
@@ -142,7 +138,8 @@ class DeadLetters:
         Raises:
             errors.UsageError: there is none, or more than one.
         """
-        found = [each for each in self.entries() if each.id.startswith(name) or each.id.endswith(name)]
+        paths = self.directory.glob("*/*.json")  # thousands, maybe: only what is meant is read
+        found = _read(path for path in paths if path.stem.startswith(name) or path.stem.endswith(name))
         if len(found) != 1 or not name:
             how_many = "no dead letter is" if not found else f"{len(found)} dead letters are"
             raise errors.UsageError(
@@ -154,6 +151,15 @@ class DeadLetters:
         """Remove it, for good. Blocking. Idempotent; raises OSError."""
         entry.path.with_suffix(".body").unlink(missing_ok=True)
         entry.path.unlink(missing_ok=True)
+
+
+def _read(paths: Iterable[Path]) -> list[Entry]:
+    """Those that can be read, oldest first."""
+    found = []
+    for path in paths:
+        with contextlib.suppress(OSError, orjson.JSONDecodeError):
+            found.append(Entry(id=path.stem, path=path, document=orjson.loads(path.read_bytes())))
+    return sorted(found, key=lambda entry: entry.id)
 
 
 def _beginning(body: bytes) -> dict[str, str]:
