@@ -139,7 +139,8 @@ class Supervisor:
         self._refusal, refusal = os.pipe2(os.O_CLOEXEC)
         parent = os.getpid()
         self._began = time.monotonic()
-        self._pid = os.fork()
+        # Its group gone under us: then what it uses is measured, as where no group can be made.
+        self._pid = os.fork() if self._group is None else self._group.fork()
         if self._pid == 0:
             _become_workload(spec, parent, output, refusal)
         os.close(refusal)
@@ -324,10 +325,6 @@ def _become_workload(spec: dict[str, Any], parent: int, output: int, refusal: in
 
 def _confine(spec: dict[str, Any]) -> None:
     kernel.bound_workload()
-    if spec["group"]:
-        # Gone under us: then what it uses is measured, as where no group can be made.
-        with contextlib.suppress(OSError):
-            cgroup.Group(*spec["group"]).enter()
     if spec["user"]:
         kernel.become(*spec["user"])
         kernel.die_with_parent()

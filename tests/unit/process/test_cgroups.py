@@ -213,6 +213,40 @@ async def test_a_workload_runs_in_its_group_which_is_gone_when_it_has_ended(
     assert not run.exists()
 
 
+BIRTH = """
+import os, sys
+from runner.process import kernel
+from runner.process.cgroup import Group
+if "old" in sys.argv:
+    def kernel_fork_into(fd):
+        raise OSError(38, "Function not implemented")
+    kernel.fork_into = kernel_fork_into
+parent = os.getpid()
+pid = kernel.fork_into(os.open(sys.argv[1], 0)) if "alone" in sys.argv else Group(sys.argv[1], 2).fork()
+if pid == 0:
+    print(open("/proc/self/cgroup").read().splitlines()[-1], os.getppid() == parent, flush=True)
+    os.execvp("sh", ["sh", "-c", "exit 7"])
+print(os.getpid() == parent, os.waitpid(pid, 0)[1] >> 8)
+"""
+
+
+def born(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    argv = [sys.executable, "-c", BIRTH, *map(str, arguments)]
+    return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    "how", ["alone", "new", "old"]
+)  # an old kernel, and some sandboxes, cannot do it at birth
+def test_a_process_is_born_in_its_group(real_second: Path, how: str) -> None:
+    assert born(real_second, how).stdout.endswith(f"/{real_second.name} True\nTrue 7\n")
+
+
+def test_a_process_cannot_be_born_where_there_is_no_group(tmp_path: Path) -> None:
+    assert born(tmp_path, "alone").stderr.endswith("OSError: [Errno 9] Bad file descriptor\n")
+    assert born(tmp_path / "gone").stdout.endswith("True\nTrue 7\n")  # and where one was: beside its parent
+
+
 async def test_groups_that_a_workload_has_made_in_its_own_go_with_it(
     bench: Bench, starter: Spawner, limited: cgroups.Groups
 ) -> None:
