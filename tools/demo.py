@@ -6,13 +6,18 @@ results in .demo/results. Ctrl-C stops all of it.
 
 from __future__ import annotations
 
+import signal
+
+# The other imports take a second, in which Ctrl-C is to end it without a traceback: there is nothing to stop yet.
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import asyncio
 import contextlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -61,6 +66,8 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=12)
     options = parser.parse_args()
     directory: Path = options.dir.absolute()
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
     began = time.monotonic()

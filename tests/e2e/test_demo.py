@@ -136,6 +136,16 @@ def test_ctrl_c_leaves_no_process_and_nothing_half_written(
     assert [path for path in directory.rglob("*.part") if "environments" not in path.parts] == []
 
 
+def test_ctrl_c_before_there_is_anything_to_stop_is_no_traceback(directory: Path):
+    demo = start(directory)
+    maps = Path(f"/proc/{demo.pid}/maps")
+    until(lambda: "orjson" in maps.read_text(), demo)  # it has begun to import
+    demo.send_signal(signal.SIGINT)
+    told = demo.communicate(timeout=LIMIT_SECS)[0].decode()
+    assert demo.returncode in {130, -signal.SIGINT}, told
+    assert "Traceback" not in told
+
+
 def test_after_an_interrupted_one_the_next_runs_its_own(directory: Path, cached: Path):
     share_environments(directory, cached)
     demo = start(directory, "--epochs=2000")
