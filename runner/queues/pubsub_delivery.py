@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 TELL_SECS = 30.0  #: for so long an ack or a put-back is tried again, while the lease is renewed beside it
+LATE_SECS = 10.0  #: the end of a lease that is noticed later than that was slept through: a wait for an answer ends with it
 LONGEST_DELAY_SECS = 600  #: Pub/Sub's limit
 REMEMBERED = 10_000  #: message ids; some 200 bytes each
 
@@ -157,7 +158,7 @@ class PubsubDelivery(base.Delivery):
                         self.lose("this process was not running", superseded=True)
                         return
         except TimeoutError:
-            self.lose(f"not renewed in time: {why}")
+            self.lose(f"not renewed in time: {why}", superseded=wire.now() - until > LATE_SECS)
         except (wire.Lapsed, wire.Missing) as error:
             self.lose(str(error))
 

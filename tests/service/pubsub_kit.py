@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
 
 LIMIT = 60.0  # generous: nothing here is about speed
-QUICK = PubsubTimes(lease_secs=2, call_secs=5, keepalive_secs=1)
+#: Where a hold is lost: who stands still for a second has lost it.
+QUICK = PubsubTimes(lease_secs=2, call_secs=20, keepalive_secs=1)
+#: Where it is kept: renewed after seven seconds, and so kept by a machine that stands still for six.
+STEADY = PubsubTimes(lease_secs=14, call_secs=20, keepalive_secs=1)
 
 
 @contextlib.asynccontextmanager

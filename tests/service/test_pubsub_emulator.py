@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from runner.queues import base
-from tests.service.pubsub_kit import QUICK, opened, ref, stopped, take
+from tests.service.pubsub_kit import STEADY, opened, ref, stopped, take
 
 if TYPE_CHECKING:
     from tests.servers.pubsub import PubsubServer
@@ -44,11 +44,11 @@ async def test_messages_are_published_taken_and_acknowledged(
 async def test_a_message_is_held_for_longer_than_any_deadline_that_was_asked_for(
     pubsub_emulator: PubsubServer, name: str
 ) -> None:
-    async with opened(pubsub_emulator, times=QUICK) as here, opened(pubsub_emulator) as there:
+    async with opened(pubsub_emulator, times=STEADY) as here, opened(pubsub_emulator) as there:
         await here.publish(ref(name), b"long")
         delivery = await take(await here.consumer(ref(name)))
         other = asyncio.create_task((await there.consumer(ref(name))).next())
-        await asyncio.wait((other,), timeout=12)  # the stream's deadline is 10 s, the lease 2 s
+        await asyncio.wait((other,), timeout=16)  # the stream's deadline is 10 s, the lease 14 s
         assert not other.done()
         assert not delivery.lost.is_set()
         assert await delivery.ack()
