@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.service
 
 SOON = 30.0
-TIMING = SqsTiming(poll_secs=2, visibility_secs=4, confirm_secs=0.2, retry_secs=0.2)
+#: A message is renewed after four seconds, and so kept by a machine that stands still for seven.
+TIMING = SqsTiming(poll_secs=2, visibility_secs=12, confirm_secs=0.2, retry_secs=0.2)
 
 
 @pytest.fixture
@@ -60,6 +61,21 @@ def ref(name: str) -> QueueRef:
 
 async def first(backend: SqsBackend, queue: QueueRef):
     return await asyncio.wait_for((await backend.consumer(queue)).next(), SOON)
+
+
+def polls(backend: SqsBackend) -> tuple[threading.Event, threading.Event]:
+    """Set when a long poll of it is under way, and when one has been answered."""
+    service: Any = backend._service
+    real, asked, answered = service.receive, threading.Event(), threading.Event()
+
+    def receive(*args: Any, **more: Any) -> Any:
+        asked.set()
+        received = real(*args, **more)
+        answered.set()
+        return received
+
+    service.receive = receive
+    return asked, answered
 
 
 async def reaches(check: Callable[[], bool]) -> None:
@@ -240,11 +256,16 @@ async def test_only_the_exact_name_counts_as_there(server, opened):
 
 
 async def test_a_queue_that_comes_back_between_two_looks_is_not_gone(server, opened):
-    backend = await opened(server.account(), SqsTiming(confirm_secs=1.5))
-    look = asyncio.create_task(backend.existence(ref("sqs_late")))
-    await asyncio.sleep(0.5)
-    server.create("sqs_late")
-    assert await asyncio.wait_for(look, SOON) is Existence.HERE
+    backend = await opened(server.account())
+    real = backend._service.is_listed
+
+    def is_listed(name: str) -> bool:
+        listed: bool = real(name)  # the end of the first look
+        server.create("sqs_late")
+        return listed
+
+    backend._service.is_listed = is_listed
+    assert await backend.existence(ref("sqs_late")) is Existence.HERE
 
 
 async def test_what_sqs_cannot_carry_is_refused_with_its_limit(server, opened):
@@ -299,7 +320,7 @@ async def test_a_message_is_held_for_as_long_as_its_run_takes(server, opened):
     await here.publish(ref("sqs_long"), b"x")
     delivery = await first(here, ref("sqs_long"))
     with pytest.raises(TimeoutError):  # longer than the poll and the visibility of the receipt together
-        await asyncio.wait_for((await there.consumer(ref("sqs_long"))).next(), 11)
+        await asyncio.wait_for((await there.consumer(ref("sqs_long"))).next(), 15)
     assert not delivery.lost.is_set()
     assert await delivery.ack()
     assert server.depth("sqs_long") + server.held("sqs_long") == 0
@@ -336,11 +357,15 @@ async def test_a_handle_whose_time_is_over_is_never_used(server, opened, monkeyp
 async def test_what_a_poll_brings_after_the_pause_goes_back(server, opened):
     server.create("sqs_pause")
     here, there = [await opened(server.account(), SqsTiming(poll_secs=20)) for _ in range(2)]
+    asked, answered = polls(here)
     consumer = await here.consumer(ref("sqs_pause"))
-    with pytest.raises(TimeoutError):
-        await asyncio.wait_for(consumer.next(), 0.5)
+    waiting = asyncio.create_task(consumer.next())
+    assert await asyncio.to_thread(asked.wait, SOON)
+    waiting.cancel()
+    await asyncio.wait((waiting,))
     await consumer.pause()
     await there.publish(ref("sqs_pause"), b"x")
+    assert await asyncio.to_thread(answered.wait, SOON)
     await reaches(lambda: server.depth("sqs_pause") == 1)
     delivery = await first(there, ref("sqs_pause"))
     assert delivery.redelivered
@@ -350,8 +375,9 @@ async def test_what_a_poll_brings_after_the_pause_goes_back(server, opened):
 async def test_what_a_poll_brings_after_the_end_goes_back(server, opened):
     server.create("sqs_end")
     here, there = [await opened(server.account(), SqsTiming(poll_secs=20)) for _ in range(2)]
+    asked, _ = polls(here)
     waiting = asyncio.create_task((await here.consumer(ref("sqs_end"))).next())
-    await asyncio.sleep(0.5)
+    assert await asyncio.to_thread(asked.wait, SOON)
     await here.aclose()
     with pytest.raises(QueueUnavailable):
         await asyncio.wait_for(waiting, SOON)
@@ -390,18 +416,10 @@ async def test_what_a_poll_brings_after_its_account_was_removed_goes_back(server
     here = await opened(
         SqsAccount(label="account", profile=files), SqsTiming(poll_secs=20, visibility_secs=3600)
     )
-    real, polling, answered = here._service.receive, threading.Event(), threading.Event()
-
-    def receive(*args: Any, **more: Any) -> Any:
-        polling.set()
-        received = real(*args, **more)
-        answered.set()
-        return received
-
-    here._service.receive = receive
+    asked, answered = polls(here)
     await here.discover()
     waiting = asyncio.create_task((await here.consumer(ref("sqs_removed"))).next())
-    await asyncio.to_thread(polling.wait, SOON)
+    assert await asyncio.to_thread(asked.wait, SOON)
     files.credentials_file.unlink()
     await here.aclose()
     with pytest.raises(QueueUnavailable):
@@ -414,7 +432,7 @@ async def test_what_a_poll_brings_after_its_account_was_removed_goes_back(server
 async def in_a_process(server: SqsServer, script: str, *, queue: str) -> list[str]:
     """Words that a process prints in which `script` uses a backend."""
     program = f"""
-import asyncio, sys
+import asyncio, sys, threading, time
 from runner.queues.base import QueueRef
 from runner.queues.sqs import SqsBackend
 from runner.queues.sqs_account import SqsAccount, SqsKeys
@@ -441,12 +459,17 @@ asyncio.run(main())
 
 async def test_a_process_that_ends_does_not_wait_for_its_polls(server):
     server.create("sqs_exit")
-    began = time.monotonic()
     printed = await in_a_process(
         server,
         """
+        polling, receive = threading.Event(), backend._service.receive
+        def began(*args, **more):
+            print(time.monotonic())
+            polling.set()
+            return receive(*args, **more)
+        backend._service.receive = began
         waiting = asyncio.create_task((await backend.consumer(queue)).next())
-        await asyncio.sleep(1.5)
+        assert await asyncio.to_thread(polling.wait, 60)
         await backend.aclose()
         print("closed", "boto3" in sys.modules, "pika" in sys.modules)
         await asyncio.wait([waiting])
@@ -454,5 +477,6 @@ async def test_a_process_that_ends_does_not_wait_for_its_polls(server):
         """,
         queue="sqs_exit",
     )
+    polling_since = float(printed.pop(0))
     assert printed == ["closed", "False", "False", "QueueUnavailable"]
-    assert time.monotonic() - began < 18  # a poll takes 20
+    assert time.monotonic() - polling_since < 18  # a poll takes 20

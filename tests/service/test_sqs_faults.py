@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from tests.servers.proxy import Proxy
 
 SOON = 40.0
-TIMING = SqsTiming(call_secs=2, poll_secs=1, visibility_secs=6, confirm_secs=0.1, retry_secs=0.2)
+#: A message is renewed after six seconds, and so kept by a machine that stands still for ten.
+TIMING = SqsTiming(call_secs=2, poll_secs=1, visibility_secs=18, confirm_secs=0.1, retry_secs=0.2)
 QUEUE = QueueRef(account="account", name="sqs_faults")
 
 
@@ -46,6 +47,16 @@ def way(sqs_server: SqsServer):
 @pytest.fixture
 async def backend(server: SqsServer, way: Proxy) -> AsyncIterator[SqsBackend]:
     backend = SqsBackend(server.account(port=way.port), timing=TIMING)
+    await backend.open()
+    yield backend
+    way.resume()
+    await backend.aclose()
+
+
+@pytest.fixture
+async def forgetful(server: SqsServer, way: Proxy) -> AsyncIterator[SqsBackend]:
+    """One whose holds run out within the test."""
+    backend = SqsBackend(server.account(port=way.port), timing=dataclasses.replace(TIMING, visibility_secs=6))
     await backend.open()
     yield backend
     way.resume()
@@ -92,20 +103,26 @@ async def test_a_connection_that_is_only_half_there_is_noticed(server, backend, 
 
 @pytest.mark.service
 async def test_a_hold_outlasts_a_short_outage(server, backend, way):
-    await backend.publish(QUEUE, b"x")
+    """One in which a renewal fails, and that is over before the hold is."""
+    server.send(QUEUE.name, b"x")
     delivery = await first(backend)
-    await asyncio.sleep(1)
     away(way)
-    await asyncio.sleep(2.5)  # longer than until the next renewal
+    async with asyncio.timeout(SOON):
+        while not delivery._retrying:
+            await asyncio.sleep(0.02)
+    held_until = delivery._until
     way.listen()
-    await asyncio.sleep(6)  # longer than it would be held unrenewed
+    async with asyncio.timeout(SOON):
+        while delivery._until == held_until:
+            await asyncio.sleep(0.02)
     assert not delivery.lost.is_set()
+    assert (server.depth(QUEUE.name), server.held(QUEUE.name)) == (0, 1)
     assert await delivery.ack()
 
 
 @pytest.mark.service
 async def test_an_acknowledgement_waits_for_sqs_while_the_message_is_ours(server, backend, way):
-    await backend.publish(QUEUE, b"x")
+    server.send(QUEUE.name, b"x")
     delivery = await first(backend)
     away(way)
     ending = asyncio.create_task(delivery.ack())
@@ -117,9 +134,9 @@ async def test_an_acknowledgement_waits_for_sqs_while_the_message_is_ours(server
 
 
 @pytest.mark.service
-async def test_an_acknowledgement_that_is_too_late_says_so(server, backend, way):
-    await backend.publish(QUEUE, b"x")
-    delivery = await first(backend)
+async def test_an_acknowledgement_that_is_too_late_says_so(server, forgetful, backend, way):
+    server.send(QUEUE.name, b"x")
+    delivery = await first(forgetful)
     away(way)
     assert await asyncio.wait_for(delivery.ack(), SOON) is False
     way.listen()
@@ -133,7 +150,7 @@ async def test_a_hold_that_sqs_says_is_lost_is_lost(server, backend, monkeypatch
     def refuse(*_: object) -> None:
         raise sqs_service.HoldLost
 
-    await backend.publish(QUEUE, b"x")
+    server.send(QUEUE.name, b"x")
     delivery = await first(backend)
     monkeypatch.setattr(backend._service, "hold", refuse)
     await asyncio.wait_for(delivery.lost.wait(), SOON)
@@ -144,12 +161,12 @@ async def test_a_hold_that_sqs_says_is_lost_is_lost(server, backend, monkeypatch
 
 @pytest.mark.service
 async def test_closing_is_bounded_while_sqs_is_silent(server, backend, way):
-    await backend.publish(QUEUE, b"x")
+    server.send(QUEUE.name, b"x")
     delivery = await first(backend)
     waiting = asyncio.create_task(first(backend))
     await asyncio.sleep(0.3)
     way.blackhole()
-    await asyncio.wait_for(backend.aclose(), 15)
+    await asyncio.wait_for(backend.aclose(), SOON)
     assert delivery.lost.is_set()
     with pytest.raises(QueueUnavailable):
         await waiting

@@ -35,7 +35,7 @@ TIMING = SqsTiming(
     offer_secs=3600,
     confirm_secs=0.1,
     retry_secs=0.2,
-    call_secs=3,
+    call_secs=30,
 )
 QUEUE = QueueRef(account="account", name="sqs_days")
 
@@ -310,7 +310,7 @@ async def test_sqs_may_end_the_hold_before_we_expect_it(server, opened, kept, mo
     def refuse(*_: object) -> None:
         raise sqs_service.HoldAtItsEnd
 
-    backend = await opened(visibility_secs=3, hold_limit_secs=3600, margin_secs=60)
+    backend = await opened(visibility_secs=15, hold_limit_secs=3600, margin_secs=60)
     await backend.publish(QUEUE, b"long")
     monkeypatch.setattr(backend._service, "hold", refuse)
     delivery = await first(backend)
