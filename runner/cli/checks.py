@@ -19,7 +19,7 @@ from runner.cli.finding import Finding, unusable
 from runner.client.message import Storage
 from runner.credentials import directory
 from runner.credentials.accounts import Account, QueueDirectory, Rabbitmq
-from runner.experiment import record
+from runner.experiment.record import metadata_store
 from runner.process.spawner import Spawner
 from runner.storage.base import Credentials, Forbidden, Location, NotFound
 from runner.storage.registry import Stores
@@ -53,7 +53,7 @@ async def examine(config: Config, stores: Iterable[str]) -> list[Finding]:
             *[_store(config, functools.partial(_place, url)) for url in stores],
         ]
         if config.runs.metadata_store is not None:
-            checks.append(_store(config, functools.partial(_manifests, config), "--metadata-store"))
+            checks.append(_store(config, functools.partial(metadata_store, config), "--metadata-store"))
         groups = await asyncio.gather(*checks)
     finally:
         await spawner.aclose()
@@ -244,16 +244,6 @@ async def _store(config: Config, place_of: Callable[[], Location], named: str = 
     finally:
         stores.close()
     return [dataclasses.replace(told, subject=f"{named} {place.uri.rstrip('/')}")]
-
-
-def _manifests(config: Config) -> Location:
-    """Raises errors.Refused."""
-    place = record.metadata_store(config)
-    return (
-        dataclasses.replace(place, bucket=f"{place.bucket}/{place.key}", key="")
-        if place.scheme == "file"
-        else place
-    )
 
 
 def _place(url: str) -> Location:

@@ -322,12 +322,17 @@ class Record:
             project=experiment.request.project, key=experiment.request.key, accession=experiment.accession
         )
         store = metadata_store(self._tools.config)
-        key = f"{store.key.rstrip('/')}/{name}".lstrip("/")
+        key = f"{store.key}/{name}".lstrip("/")
         experiment.artifacts.put(store.at(key), io.BytesIO(content), len(content))
 
 
 def metadata_store(config: Config) -> Location:
-    """The operator's own store (--metadata-store), opened with the operator's own AWS variables. Raises errors.Refused."""
+    """The operator's own store (--metadata-store), opened with the operator's own AWS variables; its key is a prefix, or empty.
+
+    Raises errors.Refused.
+    """
     own = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-    address = Artifact(tag="metadata-store", qualified=config.runs.metadata_store)
-    return locate(address, Request(key="-", env=own), config.s3, allow_env_secrets=True)
+    some = f"{(config.runs.metadata_store or '').rstrip('/')}/-"  # an address is that of an object: a bucket alone is none
+    address = Artifact(tag="metadata-store", qualified=some)
+    place = locate(address, Request(key="-", env=own), config.s3, allow_env_secrets=True)
+    return place.at(place.key.removesuffix("-").rstrip("/"))
