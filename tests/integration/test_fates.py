@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import time
 
 import pytest
 
 from runner import errors
 from runner.daemon import queuestate, runs
+from runner.experiment import results
 from runner.request import decode
 from runner.storage.base import Forbidden
 from runner.storage.files import FileStore
@@ -198,6 +200,38 @@ async def test_a_checkpoint_that_fails_is_tried_again_and_kills_nothing(tmp_path
         go.touch()
         await it.settled()
         assert it.documents()[0]["studioml"]["status"] == "completed"
+
+
+async def test_checkpoints_store_what_has_changed_and_read_each_byte_of_output_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(decode, "_CHECKPOINT_SECS", (0.1, 0.1, 1.0))
+    monkeypatch.setattr(results, "FIRST_CHECKPOINT_SECS", 0.05)
+    stored: list[str] = []
+    really = FileStore.put
+
+    def put(store, key, source, size):
+        stored.append(key)
+        really(store, key, source, size)
+
+    monkeypatch.setattr(FileStore, "put", put)
+    go = tmp_path / "go"
+    script = f"""
+import os, pathlib, time
+pathlib.Path("../tmp").write_text("m")
+os.rename("../tmp", "../modeldir/m")
+while not pathlib.Path({str(go)!r}).exists():
+    print('{{"experiment": {{"time": %f}}}}' % time.time(), flush=True)
+    time.sleep(0.02)
+"""
+    async with daemon(tmp_path) as it:
+        await it.submit(script)
+        await it.until(lambda: sum("scrape-host" in key for key in stored) >= 6)
+        await it.until(lambda: stored.count("experiments/exp/output.tar") >= 4)
+        go.touch()
+        await it.settled()
+        assert stored.count("experiments/exp/modeldir.tar") == 1
+        read = re.search(rb"^runner_scrape_bytes_total (\S+)$", it.service._metrics.render(), re.MULTILINE)
+        assert read is not None
+        assert float(read[1]) == len(it.output())
 
 
 async def test_a_message_that_the_runner_stumbles_over_is_not_tried_for_ever(tmp_path, monkeypatch):
