@@ -38,6 +38,8 @@ def explain(
         typer.echo(f"{queue}: {answer['why']}")
     elif not answer["queues"]:
         typer.echo("no queue is served")
+    for name, why in answer["credentials"].items():
+        typer.echo(f"credentials {name} cannot be used: {why}")
     for account in answer["accounts"]:
         if account["error"]:
             since = account["unavailable_since"] or "the start"
@@ -49,4 +51,6 @@ def _state(told: dict[str, Any]) -> str:
     if told["closed_because"]:
         return f"{running}no more is taken: {told['closed_because']}"
     parked = f"{told['parked']}; " if told.get("parked") else ""
+    if told["trouble"]:
+        return f"{running}{parked}open, but nothing can come: {told['trouble']}"
     return f"{running}{parked}open, waiting for its next message"

@@ -25,6 +25,8 @@ from runner.queues.base import QueueGone
 from runner.telemetry import redact
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from starlette.requests import Request
     from starlette.routing import BaseRoute
 
@@ -46,8 +48,15 @@ class Api:
     """The pages. Each answers at once, from memory or with one bounded read."""
 
     def __init__(
-        self, runs: Runs, dispatcher: Dispatcher, catalog: Catalog, dead_letters: DeadLetters
+        self,
+        runs: Runs,
+        dispatcher: Dispatcher,
+        catalog: Catalog,
+        dead_letters: DeadLetters,
+        problems: Callable[[], Mapping[str, str]],
     ) -> None:
+        """`problems`: credentials that cannot be used, and why."""
+        self._problems = problems
         self._runs = runs
         self._dispatcher = dispatcher
         self._catalog = catalog
@@ -126,6 +135,10 @@ class Api:
             {
                 "queues": queues,
                 "accounts": accounts,
+                "credentials": {
+                    redact.redact_text(name): redact.redact_text(why)
+                    for name, why in self._problems().items()
+                },
                 "why": None if queues or name is None else self._why_not(name),
             }
         )
@@ -138,6 +151,7 @@ class Api:
             "running": state.running,
             "closed_because": redact.redact_text(self._dispatcher.closed_because(state)) or None,
             "parked": self._dispatcher.parked(state) or None,
+            "trouble": redact.redact_text(state.consumer.trouble if state.consumer else "") or None,
         }
 
     def _why_not(self, name: str) -> str:
@@ -151,7 +165,10 @@ class Api:
                 f"{each.account}: {redact.redact_text(each.error) or 'not asked yet'}" for each in away
             )
             return f"no account that answers has a queue of that name, and some do not answer: {told}"
-        return "no account has a queue of that name (a RabbitMQ queue must be bound to StudioML.topic to be found)"
+        why = "no account has a queue of that name (a RabbitMQ queue must be bound to StudioML.topic to be found)"
+        if out := self._catalog.kept_out(bare):
+            why += f"; {', '.join(out)}: its own `match` or `mismatch` leaves that name out"
+        return why
 
     async def _requeue(self, request: Request) -> Response:
         try:

@@ -46,6 +46,8 @@ FREE_SECS = 1.0
 MAX_WAITING = 16
 #: How often the queues of running experiments are asked for: a deleted one stops its runs (DESIGN.md rule 11).
 EXISTENCE_SECS = 15.0
+#: A broker that takes longer to say says nothing: the runs of others' queues are not to wait for it.
+EXISTENCE_LIMIT_SECS = 15.0
 
 
 class Dispatcher:
@@ -147,7 +149,7 @@ class Dispatcher:
         while True:
             await asyncio.sleep(EXISTENCE_SECS)
             states = list({active.queue for active in self._runs})
-            found = await asyncio.gather(*[state.backend.existence(state.ref) for state in states])
+            found = await asyncio.gather(*[_existence(state) for state in states])
             gone = {state.ref for state, seen in zip(states, found, strict=True) if seen is Existence.GONE}
             for state in states:
                 if state.ref in gone & missing:
@@ -276,7 +278,7 @@ class Dispatcher:
             await self._admission.clear(state)
 
     async def _consume(self, state: QueueState) -> None:
-        consumer = await state.backend.consumer(state.ref)
+        consumer = state.consumer = await state.backend.consumer(state.ref)
         try:
             for body in self._left_behind.pop(state.ledger_key, ()):
                 await self._opened(state)
@@ -293,6 +295,7 @@ class Dispatcher:
                 ):
                     await self._admission.admit(state, delivery)
         finally:
+            state.consumer = None
             await consumer.close()
 
     async def _await_returns(self, state: QueueState) -> None:
@@ -397,3 +400,11 @@ class Dispatcher:
                 return
             if no_room and self._no_room(state):
                 return
+
+
+async def _existence(state: QueueState) -> Existence:
+    try:
+        async with asyncio.timeout(EXISTENCE_LIMIT_SECS):
+            return await state.backend.existence(state.ref)
+    except TimeoutError:
+        return Existence.UNKNOWN

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable
 
-    from runner.queues.base import Delivery, QueueBackend, QueueRef
+    from runner.queues.base import Consumer, Delivery, QueueBackend, QueueRef
     from runner.request.model import Request, Resources
 
 #: What a queue asked for is forgotten after this long, or a huge first job would starve the small ones behind it.
@@ -84,6 +84,7 @@ class QueueState:
     running: int = 0
     holding: int = 0  #: how many of those have a part of the machine
     parked: list[Parked] = dataclasses.field(default_factory=list)
+    consumer: Consumer | None = None  #: what it is taken from by now
     on_change: Callable[[QueueState], None] | None = None  #: hears when something here may open or close it
     _crowded: collections.OrderedDict[str, Crowded] = dataclasses.field(
         default_factory=collections.OrderedDict

@@ -224,7 +224,7 @@ class Service:
                     catalog=catalog, runs=runs, watches=self._parts.watches, backend=self._parts.backend
                 )
                 stack.push_async_callback(accounts.aclose)
-                api = Api(runs, dispatcher, catalog, dead_letters)
+                api = Api(runs, dispatcher, catalog, dead_letters, problems=lambda: accounts.problems)
                 await self._listen(stack, catalog, accounts, api, disk)
                 for backend in self._parts.backends:
                     await backend.open()

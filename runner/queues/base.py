@@ -113,6 +113,13 @@ class Delivery(abc.ABC):
 class Consumer(abc.ABC):
     """A standing wish for messages of one queue. One task uses it at a time."""
 
+    _trouble = ""
+
+    @property
+    def trouble(self) -> str:
+        """Why nothing can come although it is asked for, as far as is known: for people, without credentials; else empty."""
+        return self._trouble
+
     @abc.abstractmethod
     async def next(self) -> Delivery:
         """The next message; waits until there is one, pushed by the broker where it can.

@@ -162,6 +162,10 @@ class Catalog:
             return False
         return bool(self._match.search(name)) and not (self._mismatch and self._mismatch.search(name))
 
+    def kept_out(self, name: str) -> list[str]:
+        """The accounts whose own patterns leave queues of that bare name out."""
+        return [label for label, account in self._accounts.items() if not account.lets(name)]
+
     async def refresh(self) -> None:
         """Ask all accounts at once, and tell the changes of each as it answers. Raises nothing but cancellation."""
         await asyncio.gather(*[self._refresh(account) for account in list(self._accounts.values())])

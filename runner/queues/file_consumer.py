@@ -123,7 +123,7 @@ class FileConsumer(Consumer):
             except OSError as exc:
                 wait_secs = self._backoff_secs(exc)
             else:
-                self._failures = 0
+                self._failures, self._trouble = 0, ""
                 if took.message is not None:
                     return self._backend.hold(self._queue, took.message)
                 wait_secs = took.retry_secs
@@ -161,4 +161,5 @@ class FileConsumer(Consumer):
         if self._failures == 0:
             log.warning("queue cannot be read, trying again", queue=str(self._queue), error=exc.strerror)
         self._failures += 1
+        self._trouble = f"the queue's directory cannot be read: {exc.strerror}"
         return wait_secs

@@ -125,7 +125,9 @@ class PubsubConsumer(base.Consumer):
                 # The service ends streams now and then, with an error: that is no news.
                 emit = log.warning if refused and failures == 0 else log.debug
                 emit("stream ended", queue=str(self._queue), error=str(error), failures=failures)
+                self._trouble = str(error) if refused or failures else ""
                 await asyncio.sleep(wire.backoff(failures, refused=refused))
+                self._trouble = ""
                 failures += 1
 
     async def _pull_once(self, client: Client) -> None:

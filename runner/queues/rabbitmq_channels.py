@@ -116,7 +116,13 @@ class Subscription:
         self._idle.set()
         self._held: set[Held] = set()
         self._failures = 0
+        self._refusal = ""  # what the broker said when it closed the channel, until it lets us consume
         self._task: asyncio.Task[None] | None = None  # opens the channel, or looks whether the queue is there
+
+    @property
+    def trouble(self) -> str:
+        """Why nothing can come now, in words; empty when nothing is known against it. May be read from any thread."""
+        return self._link.trouble or self._refusal
 
     def want(self) -> None:
         """Ask for one message; `Events.message` or `Events.gone` answers. Goes on through broken connections."""
@@ -198,7 +204,7 @@ class Subscription:
         self._advance()
 
     def _on_consuming(self) -> None:
-        self._failures = 0
+        self._failures, self._refusal = 0, ""
         self._link.saw(self._queue)
 
     def _on_message(
@@ -277,6 +283,7 @@ class Subscription:
         self._failures += 1
         # What concerns all queues of the connection has been said once: by the link, and by who hears `crowded`.
         own = isinstance(error, exceptions.ChannelClosedByBroker)
+        self._refusal = wire.describe(error) if own else ""
         emit = log.warning if own and self._failures == 1 else log.debug
         emit("a queue's channel failed", link=self._link.label, queue=self._queue, error=wire.describe(error))
 

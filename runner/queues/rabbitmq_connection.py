@@ -15,6 +15,7 @@ import random
 import re
 import ssl
 import threading
+import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import structlog
@@ -189,6 +190,7 @@ class Link:
     def __init__(self, parameters: Parameters, label: str) -> None:
         self.label = label  #: account, vhost and purpose, for logs
         self.failure = "not connected yet"  #: why it is not up, in one line; empty while it is
+        self._down_since = time.monotonic()
         self.seen: dict[
             str, int
         ] = {}  #: queue -> the generation of this connection on which it was last there
@@ -204,6 +206,12 @@ class Link:
         properties = (self._connection.server_properties or {}) if self._connection is not None else {}
         numbers = re.match(r"\d+(\.\d+)*", str(properties.get("version", "")))
         return tuple(int(number) for number in numbers[0].split(".")) if numbers else ()
+
+    @property
+    def trouble(self) -> str:
+        """Why it is not up, and for how long; empty while it is. May be read from any thread."""
+        failure = self.failure
+        return f"{failure} (for {time.monotonic() - self._down_since:.0f} s)" if failure else ""
 
     @property
     def channel_max(self) -> int:
@@ -273,6 +281,8 @@ class Link:
             await asyncio.sleep(backoff(failures, UNREACHABLE_DELAY_SECS))
 
     def _note_failure(self, error: BaseException, *, first: bool) -> None:
+        if not self.failure:
+            self._down_since = time.monotonic()
         self.failure = describe(error)
         emit = log.warning if first else log.debug
         emit("broker connection is down", link=self.label, error=self.failure)

@@ -201,6 +201,11 @@ class RabbitmqConsumer(base.Consumer):
         self._look_up()
 
     @property
+    def trouble(self) -> str:
+        """As the contract says; of its connection, or of its channel."""
+        return self._subscription.trouble if self._asking else ""
+
+    @property
     def waiting(self) -> bool:
         """For `Places`: whether somebody is in `next`."""
         return self._wake is not None

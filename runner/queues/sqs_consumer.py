@@ -106,6 +106,7 @@ class SqsConsumer(base.Consumer):
                 delivery = await self._receive(self._queue)
             except errors.QueueUnavailable as error:
                 refused = isinstance(error, AccountRefused)
+                self._trouble = str(error)
                 if failures == (0 if refused else SILENT_FAILURES):
                     log.warning("queue cannot be received from", queue=str(self._queue), error=str(error))
                 await asyncio.sleep(
@@ -114,7 +115,7 @@ class SqsConsumer(base.Consumer):
                 failures += 1
                 delivery = None
             else:
-                failures = 0
+                failures, self._trouble = 0, ""
             if delivery is not None or not self._wanted:
                 return delivery
 

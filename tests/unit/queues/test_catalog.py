@@ -101,6 +101,13 @@ async def test_ignored_queues_are_counted():
     assert (status.taken, status.ignored, status.ok) == (1, 1, True)
 
 
+def test_patterns_of_an_account_leave_names_out_of_that_account_alone():
+    catalog = Watched(MemoryBackend("all")).catalog
+    catalog.add(MemoryBackend("team"), match=re.compile("^rmq_team"), mismatch=re.compile("old$"))
+    assert catalog.kept_out("rmq_team_a") == []
+    assert catalog.kept_out("rmq_team_old") == catalog.kept_out("rmq_b") == ["team"]
+
+
 async def test_an_account_that_is_away_keeps_its_queues_and_stops_no_other():
     good, bad = MemoryBackend("good"), MemoryBackend("bad")
     bad.declare("rmq_bad")
