@@ -111,6 +111,27 @@ async def test_deleting_the_queue_stops_its_runs_and_stores_what_there_is(tmp_pa
         assert it.output().startswith("begun\nstudio-runner: ")
 
 
+async def test_a_broker_that_says_nothing_keeps_no_other_queue_from_being_cancelled(tmp_path, monkeypatch):
+    class Silent(MemoryBackend):
+        async def existence(self, queue):
+            if queue.name == "rmq_silent":
+                await asyncio.Event().wait()
+            return await super().existence(queue)
+
+    monkeypatch.setattr(dispatch, "EXISTENCE_LIMIT_SECS", 0.1)
+    go = tmp_path / "go"
+    async with daemon(tmp_path, Silent(), machine={"max_cores": 2}) as it:
+        await it.submit(WAIT.format(go=go), key="silent", queue="rmq_silent")
+        await it.submit(WAIT.format(go=go))
+        await it.until(lambda: it.printed().count(b"begun") == 2)
+        it.queue.delete("rmq_a")
+        await it.until(lambda: "stopped" in [each["studioml"]["status"] for each in it.documents()])
+        go.touch()
+        await it.settled("rmq_silent")
+        statuses = {each["studioml"]["experiment"]: each["studioml"]["status"] for each in it.documents()}
+        assert statuses == {"exp": "stopped", "silent": "completed"}
+
+
 async def test_a_transient_queue_that_was_lost_with_its_broker_kills_nothing(tmp_path):
     go = tmp_path / "go"
     async with daemon(tmp_path) as it:
