@@ -32,7 +32,7 @@ _READ_BYTES = 1 << 20
 _OUTPUT_SECS = 1.0
 _PREFIX = "metadata/scrape-host-"
 #: What changes from second to second is not worth telling each time.
-_COUNTDOWN = re.compile(r"^backing off for \d+ s more: | for \d+ s$")
+_COUNTDOWN = re.compile(r"^backing off for \d+ s more: | for \d+ s$| \(for \d+ s\)")
 _MAX_ATTEMPTS = 3  # DESIGN.md rule 3
 #: Endings after which the message goes back to its queue for certain, and those after which it does so unless it was the last attempt.
 #: `disk` is among neither: of what used more than it had asked for it is final, and a disk that was full is not told from that.
@@ -134,8 +134,9 @@ class DaemonView(View):
 
     def _why_queued(self) -> str:
         told = self._daemon.get_json(f"/api/queues?queue={quote(self._submitted.queue)}")
-        if told["queues"]:
-            return _COUNTDOWN.sub("", told["queues"][0]["closed_because"] or "")
+        for queue in told["queues"][:1]:
+            why = (queue.get(name) for name in ("closed_because", "trouble", "parked"))
+            return _COUNTDOWN.sub("", next(filter(None, why), ""))
         return f"the daemon at {self._daemon.where()} does not serve its queue yet: {told['why']}"
 
 

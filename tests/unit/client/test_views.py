@@ -248,6 +248,22 @@ def test_the_code_is_the_workloads_only_when_it_ended_by_itself(
         ([{"queue": "local_a", "closed_because": None}], None, ""),
         ([{"queue": "/v?local_a", "closed_because": "no core is free"}], None, "no core is free"),
         ([{"queue": "local_a", "closed_because": "backing off for 9 s more: x for 8 s"}], None, "x"),
+        (
+            [{"queue": "local_a", "closed_because": None, "trouble": "its broker is away"}],
+            None,
+            "its broker is away",
+        ),
+        (
+            [
+                {
+                    "queue": "local_a",
+                    "closed_because": None,
+                    "parked": "1 message is parked: a (for 3 s); b (for 9 s)",
+                }
+            ],
+            None,
+            "1 message is parked: a; b",
+        ),
         ([], "it does not match", "the daemon at h:1 does not serve its queue yet: it does not match"),
     ],
 )
