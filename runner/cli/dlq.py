@@ -10,7 +10,7 @@ import orjson
 import typer
 
 from runner import errors
-from runner.cli import where
+from runner.cli import plain, where
 from runner.client.api import Declined, Missing
 from runner.daemon.deadletters import DeadLetters, Entry
 
@@ -50,6 +50,7 @@ def list_(
         return
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, pad_edge=False)
     for name in ("id", "queue", "reason", "attempts"):
@@ -57,7 +58,8 @@ def list_(
     table.add_column("text", overflow="fold")
     for entry in entries:
         row = _row(entry)
-        table.add_row(*(str(row[name]) for name in ("id", "queue", "reason", "attempts", "text")))
+        shown = (plain.line(str(row[name])) for name in ("id", "queue", "reason", "attempts", "text"))
+        table.add_row(*(Text(each) for each in shown))  # as text: rich would take [brackets] for its own
     Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH).print(table)
 
 
@@ -86,10 +88,10 @@ def requeue(
         try:
             answer = daemon.post(f"/api/dead-letters/{quote(entry.id)}")
         except (Declined, Missing) as exc:  # the others go on
-            typer.echo(f"{entry.id}: {exc}", err=True)
+            typer.echo(plain.line(f"{entry.id}: {exc}"), err=True)
             stay += 1
         else:
-            typer.echo(f"requeued {answer['requeued']} to {answer['queue']}")
+            typer.echo(plain.line(f"requeued {answer['requeued']} to {answer['queue']}"))
     if stay:
         raise errors.RunnerError(f"{stay} of {len(chosen)} could not be requeued")
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import quote
 
 import orjson
 import typer
 
-from runner.cli import where
+from runner.cli import plain, where
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 def add_to(app: typer.Typer) -> None:
@@ -32,18 +35,23 @@ def explain(
     if as_json:
         typer.echo(orjson.dumps(answer, option=orjson.OPT_INDENT_2).decode())
         return
+    for said in _lines(queue, answer):
+        typer.echo(plain.line(said))
+
+
+def _lines(queue: str | None, answer: dict[str, Any]) -> Iterator[str]:
     for told in answer["queues"]:
-        typer.echo(f"{told['queue']} ({told['account']}): {_state(told)}")
+        yield f"{told['queue']} ({told['account']}): {_state(told)}"
     if answer["why"]:
-        typer.echo(f"{queue}: {answer['why']}")
+        yield f"{queue}: {answer['why']}"
     elif not answer["queues"]:
-        typer.echo("no queue is served")
+        yield "no queue is served"
     for name, why in answer["credentials"].items():
-        typer.echo(f"credentials {name} cannot be used: {why}")
+        yield f"credentials {name} cannot be used: {why}"
     for account in answer["accounts"]:
         if account["error"]:
             since = account["unavailable_since"] or "the start"
-            typer.echo(f"account {account['account']} does not answer since {since}: {account['error']}")
+            yield f"account {account['account']} does not answer since {since}: {account['error']}"
 
 
 def _state(told: dict[str, Any]) -> str:

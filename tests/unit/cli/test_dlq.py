@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def letter(state: Path, queue: str) -> str:
+def letter(state: Path, queue: str, text: str = "t") -> str:
     """Its id."""
     path = DeadLetters(state / "dead-letter").add(
-        QueueRef(account="a", name=queue), b"{}", digest="d", reason="malformed", text="t", attempts=0
+        QueueRef(account="a", name=queue), b"{}", digest="d", reason="malformed", text=text, attempts=0
     )
     return path.stem
 
@@ -57,6 +57,17 @@ def answering(answers: dict[str, int]) -> Iterator[str]:
         finally:
             server.shutdown()
             serving.join()
+
+
+def test_whatever_a_message_says_is_shown_as_it_is_in_a_line_of_its_own(tmp_path, capsys):
+    texts = ["no pkg[extra]", "uv: no such file [/tmp/x]", "[bold]two\nlines", "\x1b]0;title\x07"]
+    for text in texts:
+        letter(tmp_path, "rmq_\x1b[31mred", text)
+    dlq.list_(state_dir=tmp_path)
+    _, *lines = capsys.readouterr().out.splitlines()
+    shown = [line.rstrip().partition(" 0 ")[2].strip() for line in lines]
+    assert shown == [*texts[:2], "[bold]two lines", "\ufffd]0;title\ufffd"]
+    assert all("rmq_\ufffd[31mred" in line for line in lines)
 
 
 def test_one_that_cannot_be_sent_again_does_not_keep_the_others(tmp_path, capsys):
