@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-pytestmark = pytest.mark.service
+#: A thousand objects are written, each flushed to a disk that other tests use as well.
+pytestmark = [pytest.mark.service, pytest.mark.timeout(300)]
 MIB = 1 << 20
 
 
@@ -219,11 +220,14 @@ def test_an_overwrite_is_seen_whole_or_not_at_all(place):
     seen = set()
     with ThreadPoolExecutor(1) as pool:
         writing = pool.submit(write)
-        while not done.is_set() and not writing.done():
+        while True:
+            written = done.is_set() or writing.done()
             with place.store.open("k") as stream:
                 content = stream.read()
             assert content in contents
             seen.add(content[0])
+            if written:
+                break
         writing.result()
     assert len(etags) >= 4
     assert seen
