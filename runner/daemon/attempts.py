@@ -64,10 +64,7 @@ class Ledger:
         """
         try:
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-            self._db = sqlite3.connect(path, isolation_level=None, timeout=LOCK_SECS)
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=NORMAL")
-            self._db.executescript(_SCHEMA)
+            self._db = _opened(path)
         except (OSError, sqlite3.Error) as exc:
             raise errors.UsageError(
                 f"{path}: cannot be used as the attempt ledger: {exc}; move it away to start a new one"
@@ -171,6 +168,18 @@ class Ledger:
             if self._db.in_transaction:  # a full disk may have ended it
                 self._db.execute("ROLLBACK")
             raise
+
+
+def _opened(path: Path) -> sqlite3.Connection:
+    """The file, with its tables. Raises sqlite3.Error, and has closed it then."""
+    with contextlib.ExitStack() as failed:
+        db = sqlite3.connect(path, isolation_level=None, timeout=LOCK_SECS)
+        failed.callback(db.close)
+        db.execute("PRAGMA journal_mode=WAL")
+        db.execute("PRAGMA synchronous=NORMAL")
+        db.executescript(_SCHEMA)
+        failed.pop_all()
+    return db
 
 
 @contextlib.contextmanager
