@@ -221,6 +221,18 @@ async def test_directories_of_runs_stay_for_who_wants_to_look_into_them(tmp_path
         assert not it.runs
 
 
+@pytest.mark.parametrize("there_before", [False, True])
+async def test_a_temporary_cache_goes_with_the_daemon_that_made_it(tmp_path, there_before):
+    cache = tmp_path / "cache"
+    if there_before:
+        cache.mkdir()
+    async with daemon(tmp_path, cache={"directory": cache, "size_bytes": 1 << 30, "temporary": True}) as it:
+        await it.until((it.config.paths.working_dir / "studio-runner.json").exists)
+        assert cache.is_dir()
+        (cache / "entry").touch()
+    assert cache.exists() == there_before
+
+
 async def test_secrets_of_the_message_are_nowhere(tmp_path):
     script = "import os; print(os.environ['AWS_SECRET_ACCESS_KEY'][::-1] == 'vne-ni-yranac')"
     env = {"AWS_SECRET_ACCESS_KEY": "canary-in-env", "AWS_ACCESS_KEY_ID": "canary-key-id"}

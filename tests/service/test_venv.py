@@ -251,6 +251,15 @@ async def test_the_command_and_its_environment(executor, spec, tmp_path):
         assert prepared.argv[1:] == ("./-c",)
 
 
+async def test_with_the_option_the_nearest_python_is_taken(config, spawner, environ, spec, tmp_path):
+    lenient = VenvExecutor(dataclasses.replace(config, fallback=True), spawner, environ=environ)
+    async with lenient.prepare(spec(python="3.99"), tmp_path / "log") as prepared:
+        told = str(prepared.facts["warnings"])
+        assert "Python 3.99 is not on this machine" in told
+        assert "--python-fallback" in told
+        assert python(prepared, "print('runs')") == "runs"
+
+
 @pytest.mark.parametrize(
     "fields",
     [
