@@ -227,6 +227,9 @@ class DockerExecutor(Executor):
         """
         if ended.error is not None:
             raise errors.ProcessLost(f"the client of {engine.name} {ended}")
+        if engine.is_podman and ended.signal is not None:
+            # It has no daemon: its containers are the client's children, and were ended with it.
+            raise errors.ProcessLost(f"the client of {engine.name} was {ended}, and the container with it")
         state, was_away = await self._state(engine, name)
         if state is None:
             again = await engine.ask("create", *command)  # it says why, once more
@@ -252,7 +255,8 @@ class DockerExecutor(Executor):
                 return dataclasses.replace(
                     ended, code=None, signal=None, error=why or "not found in the image"
                 )
-            raise _not_made(f"{engine.name} could not start the container: {why or ended}")
+            why = why or await self._why_not_started(engine, name)
+            raise _not_made(f"{engine.name} could not start the container: {why}")
         oom = ""
         if state.get("OOMKilled") and code:
             oom = f"the container was at its limit of {spec.limits.ram_bytes / 1e9:.3g} GB of memory"
@@ -282,6 +286,13 @@ class DockerExecutor(Executor):
                 await asyncio.sleep(_VERDICT_PAUSE_SECS)
                 continue
             return (answer.parsed() or None) if answer.ok else None, was_away
+
+    async def _why_not_started(self, engine: Engine, name: str) -> str:
+        """Podman keeps no record of it: it says why, once more. Raises errors.ProcessLost when there is no reason any more."""
+        again = await engine.ask("start", name)
+        if again.ok:
+            raise errors.ProcessLost("the container of the run did not start, and then it did")
+        return again.last
 
     async def _goes_away(self, engine: Engine) -> bool:
         """Whether it is about to end: it ends its containers first, and answers until they have."""

@@ -135,6 +135,30 @@ async def test_podman_takes_other_flags_for_a_few_things(place, monkeypatch):
         ]
 
 
+async def test_podman_is_asked_again_why_a_container_did_not_start(place):
+    podman = place.engine("podman")
+    podman.answer("container", "inspect", text=ENDED | {"Status": "created"})
+    for said, error in (
+        ("Error: setting up CDI devices: unresolvable CDI devices nvidia.com/gpu=GPU-0", errors.NoEngine),
+        ("Error: no space left on device", errors.EnvironmentFailed),
+    ):
+        podman.answer("start", text=said, code=125)
+        async with place.executor(podman).prepare(place.spec(), place.log) as prepared:
+            assert prepared.verdict is not None
+            with pytest.raises(error, match=said):
+                await prepared.verdict(ProcessExit(code=126))
+
+
+async def test_a_client_of_podman_that_was_killed_is_no_end_of_the_program(place):
+    """Its container is among its children, which end with it."""
+    podman = place.engine("podman")
+    podman.answer("container", "inspect", text=ENDED | {"ExitCode": 137})
+    async with place.executor(podman).prepare(place.spec(), place.log) as prepared:
+        assert prepared.verdict is not None
+        with pytest.raises(errors.ProcessLost, match="killed by signal 9, and the container with it"):
+            await prepared.verdict(ProcessExit(code=None, signal=9))
+
+
 @pytest.mark.parametrize(
     ("info", "flags", "absent"),
     [
