@@ -7,7 +7,9 @@ a handful of small files cost nothing to read.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import dataclasses
+import functools
 from typing import TYPE_CHECKING, TypeAlias
 
 import structlog
@@ -59,6 +61,8 @@ class Watch:
         self._prefix = prefix
         self.problems: Mapping[str, str] = {}  #: what cannot be used now, and why; for /readyz
         self._accounts: Mapping[str, Account] = {}
+        # Of its own: the loop's common threads may all be busy with uploads, or with a storage server that is silent.
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="credentials")
 
     async def events(self) -> AsyncIterator[Event]:
         """First all that is there, then every change; until it is closed.
@@ -68,7 +72,8 @@ class Watch:
         """
         while True:
             try:
-                found = await asyncio.to_thread(directory.scan, self.path, self._prefix)
+                scan = functools.partial(directory.scan, self.path, self._prefix)
+                found = await asyncio.get_running_loop().run_in_executor(self._thread, scan)
             except errors.UsageError as exc:
                 self._tell({str(self.path): str(exc)})
             else:

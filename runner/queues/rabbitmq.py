@@ -98,6 +98,7 @@ class RabbitmqBackend(base.QueueBackend):
         for task in self._learning:
             task.cancel()
         await self._places.aclose()
+        self._management.close()
         for consumer in tuple(self._consumers):
             consumer.fail(self._unavailable("the account was closed"))
         for leases in self._leases.values():

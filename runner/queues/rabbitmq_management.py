@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import concurrent.futures
 import contextlib
 import dataclasses
 import http.client
@@ -11,11 +12,17 @@ import socket
 import ssl
 import time
 import urllib.parse
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
 import orjson
 
 from runner import errors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+T = TypeVar("T")
+P = ParamSpec("P")
 
 DEADLINE_SECS = 10.0
 MAX_BYTES = 128 * 1024 * 1024  #: an answer about 10 000 queues has 4 MB
@@ -23,6 +30,7 @@ EXCHANGE = "StudioML.topic"
 KEY_PREFIX = "StudioML."
 
 _CHUNK_BYTES = 256 * 1024
+_THREADS = 4  #: discovery, counts, and questions about single queues
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,6 +75,12 @@ class Management:
             password = urllib.parse.unquote(parts.password or "")
         token = base64.b64encode(f"{user}:{password}".encode()).decode()
         self._headers = {"Authorization": f"Basic {token}", "Accept": "application/json"}
+        # Of its own: the loop's common threads may all be busy with uploads, or with a storage server that is silent.
+        self._threads = concurrent.futures.ThreadPoolExecutor(_THREADS, thread_name_prefix=self.label)
+
+    def close(self) -> None:
+        """Let go of the threads; requests under way end by their deadline."""
+        self._threads.shutdown(wait=False)
 
     async def work_queues(self) -> list[tuple[str, str]]:
         """(vhost, queue) of everything bound as a StudioML client binds, sorted, response queues left out.
@@ -74,7 +88,7 @@ class Management:
         One request whatever the number of vhosts and queues. Raises `errors.QueueUnavailable`.
         """
         status, body = await self._get("/api/bindings")
-        return await asyncio.to_thread(_work_queues, self._answer(status, body))
+        return await self._run(_work_queues, self._answer(status, body))
 
     async def queues(self) -> dict[tuple[str, str], Listed]:
         """Every (vhost, queue) there is, with the messages that wait in it.
@@ -86,7 +100,7 @@ class Management:
             "/api/queues?disable_stats=true&enable_queue_totals=true"
             "&columns=vhost,name,durable,type,messages_ready"
         )
-        return await asyncio.to_thread(_listed, self._answer(status, body))
+        return await self._run(_listed, self._answer(status, body))
 
     async def queue(self, vhost: str, queue: str) -> QueueFacts | None:
         """What kind of queue that is; None when there is no such queue. Raises `errors.QueueUnavailable`."""
@@ -110,6 +124,14 @@ class Management:
     def _unavailable(self, text: str) -> errors.QueueUnavailable:
         return errors.QueueUnavailable(f"the management API at {self.label} {text}", endpoint=self.label)
 
+    async def _run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """`work(*args)` in a thread. Raises what it raises, and `errors.QueueUnavailable` once it is closed."""
+        try:
+            future = self._threads.submit(work, *args, **kwargs)
+        except RuntimeError as error:
+            raise self._unavailable("is not asked any more") from error
+        return await asyncio.wrap_future(future)
+
     async def _get(self, path: str) -> tuple[int, bytes]:
         connection: http.client.HTTPConnection
         if self._tls is not None:
@@ -120,7 +142,7 @@ class Management:
             connection = http.client.HTTPConnection(self._host, self._port, timeout=DEADLINE_SECS)
         try:
             async with asyncio.timeout(DEADLINE_SECS):
-                return await asyncio.to_thread(self._exchange, connection, self._path + path)
+                return await self._run(self._exchange, connection, self._path + path)
         except TimeoutError as error:
             raise self._unavailable(f"does not answer within {DEADLINE_SECS:g} s") from error
         except (OSError, http.client.HTTPException) as error:
