@@ -45,9 +45,14 @@ class Stop:
 
     @contextlib.contextmanager
     def on_signals(self) -> Iterator[None]:
-        """While it is open, SIGTERM and SIGINT come here. Only in the main thread's loop."""
+        """While it is open, SIGTERM, SIGINT and, unless `nohup` has it ignored, SIGHUP come here. Only in the main thread's loop.
+
+        A terminal that is closed under the daemon would kill it otherwise, and that is an attempt of every run.
+        """
         loop = asyncio.get_running_loop()
-        numbers = (signal.SIGTERM, signal.SIGINT)
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
         for number in numbers:
             loop.add_signal_handler(number, self.ask, number)
         try:
