@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
     from tests.servers.daemon import Daemon
 
-#: Until SQS or Pub/Sub hand a message out again that nobody renews, the poll that it came with included.
-HOLD_SECS = 10
+#: Until SQS or Pub/Sub hand a message out again that nobody renews, the poll that it came with included. It is renewed at half of
+#: that, or sooner: a stall of some seconds is no loss.
+HOLD_SECS = 16
 _SCRIPT = f"""#!{sys.executable}
 import functools, sys
 from runner.cli import main

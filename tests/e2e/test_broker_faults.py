@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.e2e import messages
-from tests.e2e.work import Work, depth, leases, serve, settled, work
+from tests.e2e.work import Work, depth, leased, serve, settled, work
 from tests.servers.proxy import proxy
 
 if TYPE_CHECKING:
@@ -29,8 +29,9 @@ pytestmark = [pytest.mark.service, pytest.mark.slow, pytest.mark.timeout(400)]
 LOST = "the message of a run in progress was lost; the run goes on and waits for it"
 ADOPTED = "adopted the redelivered message of a run in progress"
 DOWN = "broker connection is down"
-#: A connection that says nothing is given up after twice the heartbeat and five seconds (docs/leases.md).
-HEARTBEAT_SECS = 2
+#: A connection that says nothing is given up after twice the heartbeat and five seconds (docs/leases.md). Not shorter: the broker
+#: gives up one whose daemon has stalled for one to two of these.
+HEARTBEAT_SECS = 6
 NOTICED_SECS = 2 * (HEARTBEAT_SECS + 5)
 
 
@@ -63,13 +64,11 @@ def completed_once(daemon: Daemon, work: Work) -> None:
     assert not daemon.dead_letters()
 
 
-def serves_again(daemon: Daemon, server: RabbitmqServer, work: Work, key: str) -> float:
-    """Another message of its queue runs; after how many seconds."""
-    begun = time.monotonic()
+def serves_again(daemon: Daemon, server: RabbitmqServer, work: Work, key: str) -> None:
+    """Another message of its queue runs."""
     server.publish(work.queue, messages.on_directory(work.storage, "print('next')", key), persistent=True)
     daemon.until((work.storage / f"experiments/{key}/output.tar").exists)
     daemon.until(lambda: not daemon.get("/api/runs")["running"] and depth(server, work.queue) == 0)
-    return time.monotonic() - begun
 
 
 @pytest.mark.parametrize("lease", ["off", "auto"])
@@ -87,7 +86,7 @@ def test_cut_off_while_waiting_while_running_and_while_the_acknowledgement_is_du
     assert wire.cut() >= 1
     daemon.until(lambda: daemon.log(ADOPTED))
     if lease == "auto":  # what was delivered before is leased
-        daemon.until(lambda: leases(rabbitmq, work))
+        daemon.until(lambda: leased(daemon, rabbitmq, work))
     # ending: the acknowledgement is sent into nothing, and then the connection breaks
     wire.blackhole()
     work.end()
@@ -107,20 +106,22 @@ def test_a_connection_that_has_fallen_silent_is_noticed_and_its_run_adopted(
     work.publish(rabbitmq)
     daemon = serve(daemons, rabbitmq, work, AMQP_URL=through(wire, f"?heartbeat={HEARTBEAT_SECS}"))
     daemon.until(lambda: work.starts)
+    before = len(daemon.log(LOST))  # a machine that stalls breaks connections as well
     wire.blackhole()  # no RST, no FIN, in neither direction
     silent = time.monotonic()
-    daemon.until(lambda: daemon.log(LOST))
+    daemon.until(lambda: len(daemon.log(LOST)) > before)
     noticed = time.monotonic() - silent
     print(f"noticed after {noticed:.1f} s")
     assert noticed < NOTICED_SECS + 20  # the machine may be busy
     assert daemon.log(DOWN)
     daemon.until(lambda: depth(rabbitmq, work.queue) == 1)  # the broker has noticed as well
     assert work.starts == 1
+    adopted = len(daemon.log(ADOPTED))
     wire.resume()
-    daemon.until(lambda: daemon.log(ADOPTED))
+    daemon.until(lambda: len(daemon.log(ADOPTED)) > adopted)
     work.end()
     ran_once(daemon, rabbitmq, work)
-    assert len(daemon.log(ADOPTED)) == 1
+    assert len(daemon.log(ADOPTED)) <= len(daemon.log(LOST))  # once for each time that it was lost
     serves_again(daemon, rabbitmq, work, "next")
     assert daemon.stop() == 0
 
@@ -212,29 +213,33 @@ def test_a_broker_that_is_away_for_five_seconds(daemons, own_rabbitmq: RabbitmqS
     broker.stop()
     until_over(daemon, 5)
     broker.start()
-    took = serves_again(daemon, broker, work, "next")
-    print(f"served {took:.1f} s after the broker's return")
+    returned = time.monotonic()
+    daemon.until(lambda: broker.consumers(work.queue) == 1)
+    took = time.monotonic() - returned
+    print(f"asked for work {took:.1f} s after the broker's return")
     assert took < 30  # the longest pause is five seconds; the rest is for a busy machine
+    serves_again(daemon, broker, work, "next")
     assert daemon.stop() == 0
 
 
 def test_a_broker_that_is_away_for_longer_than_every_patience(
     daemons, own_rabbitmq: RabbitmqServer, tmp_path
 ):
-    """Than heartbeats (2 s), the lease (12 s), all pauses between retries (30 s); and one of the queues is lost with it."""
+    """Than heartbeats (6 s), the lease (30 s), all pauses between retries (30 s); and one of the queues is lost with it."""
     broker = own_rabbitmq
     durable, transient = Work(tmp_path / "durable"), Work(tmp_path / "transient")
-    durable.publish(broker)
-    transient.publish(broker, durable=False)
+    durable.publish(broker, again=True)
+    transient.publish(broker, durable=False, again=True)
     daemon = serve(
         daemons,
         broker,
         durable,
         transient,
-        options=("--rmq-lease=12",),
+        options=("--rmq-lease=30",),  # with much less than that a stall looks like a machine that slept
         AMQP_URL=broker.url(query=f"?heartbeat={HEARTBEAT_SECS}"),
     )
-    daemon.until(lambda: len(daemon.log("a message is held by its lease from now on")) == 2)
+    held = lambda: {each["queue"] for each in daemon.log("a message is held by its lease from now on")}
+    daemon.until(lambda: held() == {durable.queue, transient.queue})
     broker.stop()
     until_over(daemon, 60)
     assert unready(daemon)
@@ -242,6 +247,7 @@ def test_a_broker_that_is_away_for_longer_than_every_patience(
     broker.start()
     daemon.until(lambda: daemon.log(ADOPTED))
     until_over(daemon, 40)  # the lost queue is looked for twice, and cancels nothing
+    assert {run["stage"] for run in daemon.get("/api/runs")["running"]} == {"running"}
     assert len(daemon.get("/api/runs")["running"]) == 2
     for one in (durable, transient):
         one.end()

@@ -44,6 +44,7 @@ def test_canaries(
     manifests = tmp_path / "manifests"
     daemon = daemons(
         f"--amqp-mgt-url={rabbitmq.management_url}",
+        "--queue-match=^rmq_canaries$",  # other tests leave queues behind
         f"--metadata-store=file://{manifests}",
         "--debug",
         env=OWN | {"AMQP_URL": rabbitmq.url(user="canary-user", password="canary-broker-password")},

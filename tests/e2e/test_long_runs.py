@@ -25,6 +25,9 @@ pytestmark = [pytest.mark.service, pytest.mark.slow, pytest.mark.timeout(300)]
 
 #: With a lease of as many seconds, hand-over and renewal each have half of it to spare: disks are slow at times.
 LIMIT_SECS = 12.0
+#: Where the lease is to run out. A daemon that does not run for half of it is taken for frozen: a stall must not look like that.
+LEASE_SECS = 12
+LEASE = f"--rmq-lease={LEASE_SECS}"
 #: One that is frozen in the middle of a renewal holds the copy until the broker misses its heartbeats (docs/leases.md).
 ALERT = "?heartbeat=10"
 
@@ -72,14 +75,12 @@ def test_without_being_told_the_limit_is_learned(daemons, impatient, work: Work)
 
 @pytest.mark.parametrize("kind", ["classic", "quorum"])
 def test_the_work_of_a_killed_runner_comes_back_within_the_lease_time(daemons, impatient, work: Work, kind):
-    work.publish(impatient, kind)
-    killed = serve(daemons, impatient, work, options=("--rmq-lease=6",))
+    work.publish(impatient, kind, again=True)
+    killed = serve(daemons, impatient, work, options=(LEASE,))
     killed.until(lambda: leased(killed, impatient, work))
-    other = serve(daemons, impatient, work, options=("--rmq-lease=6",))
+    other = serve(daemons, impatient, work, options=(LEASE,))
     killed.kill()
-    at = time.monotonic()
-    other.until(lambda: work.starts == 2)
-    assert time.monotonic() - at < 6 + 30  # the machine may be busy
+    other.until(lambda: work.starts == 2, LEASE_SECS + 40)  # the machine may be busy
     assert other.get("/api/runs")["running"][0]["attempt"] == 2  # counted by the lease
     work.end()
     settled(other, impatient, work)
@@ -88,10 +89,7 @@ def test_the_work_of_a_killed_runner_comes_back_within_the_lease_time(daemons, i
 
 
 def test_a_restarted_runner_does_not_wait_for_its_own_lease(daemons, rabbitmq, work: Work):
-    work.publish(rabbitmq)
-    with rabbitmq.channel() as channel:  # handed over at once, as it has been delivered before
-        method, _, _ = channel.basic_get(work.queue)
-        channel.basic_nack(method.delivery_tag, requeue=True)
+    work.publish(rabbitmq, again=True)
     daemon = serve(daemons, rabbitmq, work, options=("--rmq-lease=600",))
     daemon.until(lambda: leased(daemon, rabbitmq, work))
     daemon.kill()
@@ -101,15 +99,15 @@ def test_a_restarted_runner_does_not_wait_for_its_own_lease(daemons, rabbitmq, w
     assert daemon.get("/api/runs")["running"][0]["attempt"] == 2
     work.end()
     settled(daemon, rabbitmq, work)
-    assert work.statuses() == ["completed", "failed"]
+    daemon.until(lambda: work.statuses() == ["completed", "failed"])
     assert daemon.stop() == 0
 
 
 def test_a_runner_that_was_frozen_past_its_lease_stops_its_copy(daemons, impatient, work: Work):
-    work.publish(impatient)
-    frozen = serve(daemons, impatient, work, options=("--rmq-lease=6",), AMQP_URL=impatient.url(query=ALERT))
+    work.publish(impatient, again=True)
+    frozen = serve(daemons, impatient, work, options=(LEASE,), AMQP_URL=impatient.url(query=ALERT))
     frozen.until(lambda: leased(frozen, impatient, work))
-    other = serve(daemons, impatient, work, options=("--rmq-lease=6",))
+    other = serve(daemons, impatient, work, options=(LEASE,))
     frozen.signal(signal.SIGSTOP)
     try:
         other.until(lambda: work.starts == 2)
@@ -123,15 +121,16 @@ def test_a_runner_that_was_frozen_past_its_lease_stops_its_copy(daemons, impatie
     assert not (work.storage / "experiments/k/output.tar").exists()  # no results of the frozen one
     work.end()
     settled(other, impatient, work)
-    assert (work.starts, work.statuses()) == (2, ["completed", "superseded"])
+    other.until(lambda: work.statuses() == ["completed", "superseded"])
+    assert work.starts == 2
     assert work.output() == "begun\ndone\n"
     for daemon in (frozen, other):
         assert daemon.stop() == 0
 
 
 def test_a_runner_that_was_frozen_alone_runs_it_again(daemons, impatient, work: Work):
-    work.publish(impatient)
-    daemon = serve(daemons, impatient, work, options=("--rmq-lease=5",), AMQP_URL=impatient.url(query=ALERT))
+    work.publish(impatient, again=True)
+    daemon = serve(daemons, impatient, work, options=(LEASE,), AMQP_URL=impatient.url(query=ALERT))
     daemon.until(lambda: leased(daemon, impatient, work))
     daemon.signal(signal.SIGSTOP)
     try:
@@ -146,11 +145,11 @@ def test_a_runner_that_was_frozen_alone_runs_it_again(daemons, impatient, work: 
 
 
 def test_deleting_the_queue_of_a_leased_run_cancels_it(daemons, rabbitmq, work: Work):
-    work.publish(rabbitmq, durable=False)
-    daemon = serve(daemons, rabbitmq, work, options=("--rmq-lease=4",))
+    work.publish(rabbitmq, durable=False, again=True)
+    daemon = serve(daemons, rabbitmq, work, options=("--rmq-lease=600",))
     daemon.until(lambda: leased(daemon, rabbitmq, work))
     rabbitmq.delete(work.queue)
-    daemon.until(lambda: not daemon.get("/api/runs")["running"], 90)
+    daemon.until(lambda: not daemon.get("/api/runs")["running"])
     settled(daemon, rabbitmq, work)
     (document,) = work.documents()
     assert (document["studioml"]["status"], document["studioml"]["reason"]) == ("stopped", "queue-deleted")
@@ -158,18 +157,12 @@ def test_deleting_the_queue_of_a_leased_run_cancels_it(daemons, rabbitmq, work: 
     assert daemon.stop() == 0
 
 
-@pytest.mark.parametrize("lease", ["4", "600"])
-def test_a_broker_restart_during_a_lease_loses_and_repeats_nothing(daemons, own_rabbitmq, work: Work, lease):
-    work.publish(own_rabbitmq)
-    daemon = serve(daemons, own_rabbitmq, work, options=(f"--rmq-lease={lease}",))
-    if lease == "600":  # handed over at once, when it has been delivered before
-        daemon.until(lambda: work.starts)
-        lost = "the message of a run in progress was lost; the run goes on and waits for it"
-        daemon.until(lambda: own_rabbitmq.close_connections() and daemon.log(lost))
+def test_a_broker_restart_during_a_lease_loses_and_repeats_nothing(daemons, own_rabbitmq, work: Work):
+    """One that is shorter than the lease; tests/e2e/test_broker_faults.py has one that is longer."""
+    work.publish(own_rabbitmq, again=True)
+    daemon = serve(daemons, own_rabbitmq, work, options=("--rmq-lease=600",))
     daemon.until(lambda: leased(daemon, own_rabbitmq, work))
     own_rabbitmq.restart()
-    if lease == "4":  # it has run out meanwhile: the message is back, and still its run's
-        daemon.until(lambda: daemon.log("adopted the redelivered message of a run in progress"))
     daemon.until(lambda: leases(own_rabbitmq, work))
     work.end()
     settled(daemon, own_rabbitmq, work)
@@ -203,13 +196,13 @@ def test_without_the_permission_a_long_run_is_adopted_time_and_again(daemons, im
 
 
 def test_a_drained_runner_gives_its_leased_message_back_uncounted(daemons, rabbitmq, work: Work):
-    work.publish(rabbitmq)
+    work.publish(rabbitmq, again=True)
     daemon = serve(
         daemons,
         rabbitmq,
         work,
         options=(
-            "--rmq-lease=4",
+            "--rmq-lease=600",
             "--grace=0s",
         ),
     )
@@ -217,7 +210,7 @@ def test_a_drained_runner_gives_its_leased_message_back_uncounted(daemons, rabbi
     assert daemon.stop() == 0
     assert depth(rabbitmq, work.queue) == 1
     assert not leases(rabbitmq, work)
-    other = serve(daemons, rabbitmq, work, options=("--rmq-lease=4",))
+    other = serve(daemons, rabbitmq, work, options=("--rmq-lease=600",))
     other.until(lambda: work.starts == 2)
     assert other.get("/api/runs")["running"][0]["attempt"] == 1
     work.end()

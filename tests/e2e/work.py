@@ -43,9 +43,16 @@ class Work:
         self.body = messages.on_directory(self.storage, script, "k")
         self.queue = f"rmq_{uuid.uuid4().hex[:12]}"
 
-    def publish(self, server: RabbitmqServer, kind: str = "classic", *, durable: bool = True) -> None:
+    def publish(
+        self, server: RabbitmqServer, kind: str = "classic", *, durable: bool = True, again: bool = False
+    ) -> None:
+        """`again`: somebody had it before and gave it back, so that it gets its lease before its work starts."""
         server.declare(self.queue, durable=durable, arguments={"x-queue-type": kind})
         server.publish(self.queue, self.body, persistent=durable)
+        if again:
+            with server.channel() as channel:
+                method, _, _ = channel.basic_get(self.queue)
+                channel.basic_nack(method.delivery_tag, requeue=True)
 
     @property
     def starts(self) -> int:
@@ -99,7 +106,7 @@ def leases(server: RabbitmqServer, work: Work) -> list[str]:
         each["name"]
         for each in server.api("GET", "/api/queues/%2F")[1]
         if each["name"].startswith("studio-runner.lease.")
-        and each["arguments"]["x-dead-letter-routing-key"] == work.queue
+        and each.get("arguments", {}).get("x-dead-letter-routing-key") == work.queue
     ]
 
 
@@ -113,4 +120,4 @@ def settled(daemon: Daemon, server: RabbitmqServer, work: Work) -> None:
     """Nothing runs, waits or is leased."""
     daemon.until(lambda: not daemon.get("/api/runs")["running"])
     daemon.until(lambda: depth(server, work.queue) in {0, None})
-    daemon.until(lambda: not leases(server, work), 30)
+    daemon.until(lambda: not leases(server, work))

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 PROGRAM = pathlib.Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
 EXCHANGE = "StudioML.topic"
 START_SECS = 90.0
+CALL_SECS = 60.0
 
 
 class RabbitmqServer:
@@ -154,6 +155,8 @@ class RabbitmqServer:
                 vhost,
                 pika.PlainCredentials(user or self.user, password or self.password),
                 heartbeat=0,
+                socket_timeout=CALL_SECS,
+                stack_timeout=CALL_SECS,
             )
         )
 
@@ -216,7 +219,7 @@ class RabbitmqServer:
 
     def api(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
         """One request to the management API: (status, answer)."""
-        connection = http.client.HTTPConnection(self.host, self.management_port, timeout=60)
+        connection = http.client.HTTPConnection(self.host, self.management_port, timeout=CALL_SECS)
         token = base64.b64encode(f"{self.user}:{self.password}".encode()).decode()
         with contextlib.closing(connection):
             connection.request(
