@@ -51,7 +51,7 @@ _NO_SUCH_IMAGE = re.compile(
 class EngineImage:
     """An image that the engine has."""
 
-    name: str  #: as the message has it, without a scheme
+    name: str  #: as the message has it, without a scheme; where Podman has fetched it, with its server
     id: str  #: the one that was looked at: a name may be given to another one at any time
     path: str  #: its PATH; empty: it says nothing
     has_program: bool  #: an entry point or a command of its own
@@ -94,6 +94,8 @@ class Images:
             raise errors.NoEngine(
                 f"the image {name} is not on this host, and --container-pull=never: fetch it by hand"
             )
+        if self._engine.is_podman:
+            name = _with_server(name)
         log.info("fetching a container image", image=name)
         answer = await self._engine.ask("pull", name, timeout_secs=FETCH_SECS, output=output)
         if not answer.ok:
@@ -135,6 +137,14 @@ class Images:
             path=variables.get("PATH", ""),
             has_program=bool(config.get("Entrypoint") or config.get("Cmd")),
         )
+
+
+def _with_server(name: str) -> str:
+    """What Docker makes of a name: Podman asks the servers of its own list for one that has none, or nobody."""
+    first, slash, _ = name.partition("/")
+    if slash and (first == "localhost" or {".", ":"} & set(first)):
+        return name
+    return f"docker.io/{name}" if slash else f"docker.io/library/{name}"
 
 
 def _pull_failure(name: str, answer: Answer) -> errors.RunnerError:

@@ -135,6 +135,25 @@ async def test_podman_takes_other_flags_for_a_few_things(place, monkeypatch):
         ]
 
 
+@pytest.mark.parametrize(
+    ("reference", "pulled"),
+    [
+        ("python:3.11", "docker.io/library/python:3.11"),
+        ("docker://team/train", "docker.io/team/train"),
+        ("ghcr.io/us/x:1", "ghcr.io/us/x:1"),
+        ("localhost/x", "localhost/x"),
+        ("host:5000/x@sha256:" + "0" * 64, "host:5000/x@sha256:" + "0" * 64),
+    ],
+)
+async def test_a_name_means_to_podman_what_it_means_to_docker(place, reference, pulled):
+    podman = place.engine("podman")
+    podman.answer("image", "inspect", text="no such image", code=1)
+    podman.answer("pull", text="denied: x", code=125)
+    with pytest.raises(errors.UnsupportedRequest):
+        await place.prepared(place.spec(reference=reference), place.executor(podman))
+    assert podman.commands("pull") == [["pull", pulled]]
+
+
 async def test_podman_is_asked_again_why_a_container_did_not_start(place):
     podman = place.engine("podman")
     podman.answer("container", "inspect", text=ENDED | {"Status": "created"})
