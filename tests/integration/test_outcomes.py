@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import tarfile
 import time
 import urllib.request
@@ -48,6 +49,22 @@ pathlib.Path("../modeldir/model").write_text("m")
         assert {record["run"] for record in records} == {records[0]["run"]}
         assert not it.dead()
         assert not it.runs
+
+
+async def test_a_run_is_measured_from_its_submission_to_its_end(tmp_path):
+    async with daemon(tmp_path) as it:
+        await it.submit("print('x')", time_added=time.time() - 5)
+        await it.until(lambda: b"\nrunner_experiments_finished_total{" in it.service._metrics.render())
+        told = it.service._metrics.render().decode()
+        for stage in ("starting", "staging", "environment", "running", "uploading"):
+            assert f'runner_stage_duration_seconds_count{{stage="{stage}"}} 1.0\n' in told
+        waited = re.search(r"^runner_queue_wait_seconds_sum (\S+)$", told, re.MULTILINE)
+        assert waited is not None
+        assert float(waited[1]) >= 5
+        for counted in ('deliveries_total{outcome="ack"}', "attempts_total", "upload_bytes_total"):
+            assert f"\nrunner_{counted} " in told
+        assert 'runner_experiments_finished_total{reason="exit",status="completed"} 1.0\n' in told
+        assert "\nrunner_experiments_running 0.0\n" in told
 
 
 async def test_a_workload_that_fails_by_itself_is_final(tmp_path):
