@@ -60,11 +60,17 @@ async def test_it_runs_when_the_workload_cannot_be_started(bench: Bench, starter
 
 
 async def test_it_runs_when_the_daemon_is_killed_and_begins_within_5_seconds(bench: Bench) -> None:
-    async with daemon(cleaning(bench, tools.STRAY + HARD)) as (pid, _):
-        await bench.until_text("ready")
-        os.kill(pid, signal.SIGKILL)
-        assert await tools.until(lambda: told(bench)) < 5
-        await tools.until(lambda: not bench.alive())
+    async def killed() -> float:
+        for path in (bench.output, bench.directory / "cleaned"):
+            path.unlink(missing_ok=True)
+        async with daemon(cleaning(bench, tools.STRAY + HARD)) as (pid, _):
+            await bench.until_text("ready")
+            os.kill(pid, signal.SIGKILL)
+            took = await tools.until(lambda: told(bench))
+            await tools.until(lambda: not bench.alive())
+        return took
+
+    await tools.at_best(killed, 5)
 
 
 async def test_one_that_cannot_be_started_changes_nothing(bench: Bench, starter: Spawner) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from runner.process import base, spawner, tree
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Awaitable, Callable, Iterable
 
 PATH = "/usr/local/bin:/usr/bin:/bin"
 
@@ -70,6 +70,14 @@ async def until(condition: Callable[[], object], limit_secs: float = 30) -> floa
     return time.monotonic() - began
 
 
+async def at_best(what: Callable[[], Awaitable[float]], under_secs: float) -> None:
+    """One time of three takes less: a machine that stands still for a while makes no time shorter."""
+    took = [await what()]
+    while min(took) >= under_secs and len(took) < 3:
+        took.append(await what())
+    assert min(took) < under_secs, took
+
+
 def exists(pid: int) -> bool:
     """It runs: zombies do not count."""
     entry = tree.look(pid)
@@ -83,6 +91,14 @@ def existing(pids: Iterable[int]) -> set[int]:
 def nursery_of(starter: spawner.Spawner) -> int:
     assert starter._nursery is not None
     return starter._nursery._program.pid
+
+
+def name(pid: int) -> str:
+    """Its command's; empty when it has ended."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
 
 
 def status(pid: int, field: str) -> str:
