@@ -32,7 +32,7 @@ UNKNOWN = Credentials(access_key="NOBODY", secret_key="nobody-secret-0001")
 
 @pytest.fixture
 def transport() -> Iterator[Transport]:
-    made = Transport(patience=Patience(attempts=3, connect_secs=2, stall_secs=10))
+    made = Transport(patience=Patience(attempts=3))
     yield made
     made.close()
 

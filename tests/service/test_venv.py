@@ -291,7 +291,24 @@ async def test_many_at_once_share_one_build(executor, spec, tmp_path):
     assert sum(text.count("apple==1.0") for text in logs) == 1
 
 
-async def test_a_failed_build_says_why_to_all_who_wait_and_leaves_nothing(executor, spec, tmp_path):
+async def all_wait(executor: VenvExecutor, count: int) -> None:
+    """So many wait for the same build."""
+    async with asyncio.timeout(GENEROUS_SECS):
+        while [flight.waiting for flight in executor.cache._flights._flights.values()] != [count]:
+            await asyncio.sleep(0.01)
+
+
+async def test_a_failed_build_says_why_to_all_who_wait_and_leaves_nothing(
+    executor, spec, tmp_path, monkeypatch
+):
+    real = executor.cache._build
+
+    async def build(*arguments):
+        await all_wait(executor, 3)
+        return await real(*arguments)
+
+    monkeypatch.setattr(executor.cache, "_build", build)
+
     async def one(number: int):
         async with executor.prepare(spec("apple==9.9"), tmp_path / f"log{number}"):
             pytest.fail("it was prepared")
@@ -341,6 +358,7 @@ async def test_cancelling_the_last_that_waits_ends_uv_and_leaves_nothing(executo
         first = asyncio.create_task(one(made, "log1"))
         second = asyncio.create_task(one(dataclasses.replace(made, run_dir=made.run_dir / "b"), "log2"))
         await asyncio.to_thread(asked.wait, GENEROUS_SECS)
+        await all_wait(executor, 2)
         first.cancel()
         await asyncio.wait([first])
         assert uvs(tmp_path)
