@@ -143,8 +143,12 @@ class DaemonView(View):
 def _recent(record: Mapping[str, Any]) -> Seen:
     attempt = record["attempt"]
     if not record["final"]:
+        why = record["text"].partition("\n")[0]
         return Seen(
-            stage="queued", attempt=attempt, note=f"attempt {attempt} did not succeed: {record['text']}"
+            stage="queued",
+            attempt=attempt,
+            accession=record.get("accession"),
+            note=f"attempt {attempt} did not succeed: {why}",
         )
     ending = Ending(
         status=record["status"],

@@ -203,23 +203,23 @@ async def test_that_nobody_answers_is_told_once_and_the_storage_is_believed(
 
 
 async def test_what_one_daemon_has_put_back_and_another_one_runs_is_followed_there(
-    submitted: Submitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    submitted: Submitted, monkeypatch: pytest.MonkeyPatch
 ):
     """The one that is asked knows of its own attempt only; the clock of the other one's host is behind."""
     monkeypatch.setattr(follow, "INTERVAL_SECS", 0.01)
-    put_back = Seen(stage="queued", note="its GPU failed", accession="h-1r31et")
 
-    async def told(_: views.DaemonView) -> Seen:
-        return put_back
+    class Told(Daemon):
+        def get_json(self, path: str) -> Any:
+            put_back = {"attempt": 1, "final": False, "text": "its GPU failed\nin many words"}
+            return {"running": [], "recent": [put_back | {"accession": "h-1r31et"}]}
 
-    monkeypatch.setattr(views.DaemonView, "look", told)
     store(submitted, "1r31et", status="failed", reason="gpu")
     events: list[follow.Event] = []
     async with asyncio.timeout(60):
-        async for event in follow.follow(submitted, Stores(config.S3()), Daemon(working_dir=tmp_path)):
+        async for event in follow.follow(submitted, Stores(config.S3()), Told(address="h:1")):
             events.append(event)
             store(submitted, "1r31eq", b"ran\n", status="completed", reason="exit", exit_code=0, attempt=2)
-    assert events[0] == follow.Stage(stage="queued", note="its GPU failed")
+    assert events[0] == follow.Stage(stage="queued", note="attempt 1 did not succeed: its GPU failed")
     assert events[1] == follow.Output(data=b"ran\n")
     assert isinstance(events[-1], follow.End)
     assert len(events) == 3
