@@ -46,6 +46,8 @@ _UNREACHABLE = re.compile(
     re.IGNORECASE,
 )
 _CONFLICT = re.compile(r"No solution found when resolving")
+# What it says before anything goes wrong: people are shown the first line.
+_PREAMBLE = re.compile(r"^Using Python .* environment at.*\n", re.MULTILINE)
 
 
 class Uv:
@@ -129,7 +131,7 @@ def _environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _failure(ended: ProcessExit, said: str, wanted: Requirements) -> errors.RunnerError:
-    tail = builders.last_lines(said)
+    tail = builders.last_lines(_PREAMBLE.sub("", said))
     named = sorted(host for host in wanted.hosts if host in said)
     if _UNREACHABLE.search(said) and not named:
         return errors.Unreachable(f"the package index does not answer: {tail}", endpoint="package index")

@@ -440,6 +440,7 @@ async def test_an_index_that_is_away_is_unreachable_and_one_that_lacks_it_is_not
             async with executor(url).prepare(spec("apple", *lines), tmp_path / "log"):
                 pytest.fail("it was prepared")
         assert "canary" not in str(caught.value)
+        assert "Using Python" not in str(caught.value)  # of which uv tells before anything goes wrong
         return caught.value
 
     with served(Broken) as url:
