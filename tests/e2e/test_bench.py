@@ -17,7 +17,7 @@ def test_the_short_bench_gives_figures_beside_their_baselines(tmp_path, rabbitmq
     """The servers are asked for so that the test is skipped where they are missing; the bench starts its own."""
     parts = ["--only=latency", "--only=scrape", "--only=archive"]
     argv = [sys.executable, "-m", "bench", "--quick", "--archive-size=4MiB", f"--results={tmp_path}", *parts]
-    ran = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=110, check=False)
+    ran = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=250, check=False)
     assert ran.returncode == 0, ran.stderr
     (kept,) = tmp_path.glob("*.json")
     figures = {figure["name"]: figure for figure in json.loads(kept.read_bytes())["figures"]}

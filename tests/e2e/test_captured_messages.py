@@ -179,7 +179,8 @@ def test_captured_messages_run(captured: Captured, daemon: Daemon):
     for case, message in messages.items():
         captured.publish(case, message)
     recent = daemon.until(
-        lambda: found if len(found := daemon.get("/api/runs")["recent"][runs_before:]) == len(CASES) else []
+        lambda: found if len(found := daemon.get("/api/runs")["recent"][runs_before:]) == len(CASES) else [],
+        200,  # each builds an environment of its own
     )
     assert {run["experiment"]: (run["status"], run["reason"], run["fate"]) for run in recent} == {
         message["experiment"]["key"]: ("completed", "exit", "ack") for message in messages.values()

@@ -65,7 +65,7 @@ with CompletionService("e2e", settings, studio_config_file=config) as service:
     keys = [service.submitTaskWithFiles(job, {"number": number}, {"mydata": mydata}, job_id=number) for number in (3, 4)]
     results = []
     for key in keys:
-        results.append(service.getResultsWithTimeout(100))
+        results.append(service.getResultsWithTimeout(200))
         assert results[-1] is not None, service.submitted
 print(json.dumps([keys, results]))
 """

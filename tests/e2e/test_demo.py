@@ -41,7 +41,17 @@ def directory(tmp_path: Path) -> Iterator[Path]:
         if process.poll() is None:
             process.terminate()
             process.communicate()
-    assert processes_below(demo) == []
+    assert nothing_lives_in(demo)
+
+
+def nothing_lives_in(directory: Path) -> bool:
+    """Supervisors of a daemon that had to be killed end what it ran, within seconds."""
+    limit = time.monotonic() + 30
+    while processes_below(directory):
+        if time.monotonic() > limit:
+            return False
+        time.sleep(0.05)  # between looks
+    return True
 
 
 def share_environments(directory: Path, cached: Path) -> None:
@@ -124,13 +134,13 @@ def test_ctrl_c_leaves_no_process_and_nothing_half_written(
     if stage is is_running:
         share_environments(directory, cached)  # else each builds one, which is what is interrupted
     demo = start(directory, "--epochs=2000")
-    until(lambda: stage(directory), demo)
+    until(lambda: stage(directory) or is_running(directory), demo)  # a short stage may go by unseen
     demo.send_signal(number)
     told = demo.communicate(timeout=LIMIT_SECS)[0].decode()
     assert demo.returncode == 130, told
     assert "interrupted" in told
     assert "Traceback" not in told
-    assert processes_below(directory) == []
+    assert nothing_lives_in(directory)
     assert list((directory / "results").iterdir()) == []
     assert [path for path in (directory / "queue").rglob("*") if path.is_file()] == []
     assert [path for path in directory.rglob("*.part") if "environments" not in path.parts] == []

@@ -226,14 +226,14 @@ def test_an_experiment_that_takes_too_long_is_ended_and_its_results_are_kept(
     client = make_client()
     client.submit(
         written(tmp_path / "ws", endless__py=script),
-        *(f"--queue={QUEUES}endless", "--experiment=endless", "--max-duration=3s", "endless.py"),
+        *(f"--queue={QUEUES}endless", "--experiment=endless", "--max-duration=8s", "endless.py"),
     )
     run = ended(daemon, "endless")
     assert (run["status"], run["reason"], run["fate"]) == ("failed", "timeout", "ack")
     results = client.fetch("endless", "output", "modeldir")
     first, last = results["output"].splitlines()
     assert first == "begun"
-    assert "max_duration of 3 s" in last
+    assert "max_duration of 8 s" in last
     assert results["modeldir"] == {"half": "x"}
     document = json.loads(metadata(seaweedfs, bucket)["scrape"][0][1])
     assert (document["studioml"]["status"], document["studioml"]["reason"]) == ("failed", "timeout")

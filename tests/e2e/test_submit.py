@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from tests.servers.rabbitmq import RabbitmqServer
     from tests.servers.seaweedfs import SeaweedFs
 
-LIMIT_SECS = 110
+LIMIT_SECS = 200
 
 
 @pytest.fixture

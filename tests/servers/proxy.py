@@ -11,15 +11,19 @@ from typing import TYPE_CHECKING
 from tests.servers.ports import free_ports
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+
+
+def _none(_: bytes) -> float:
+    return 0.0
 
 
 class Proxy:
     """Forwards 127.0.0.1:`port` to a target until told otherwise."""
 
-    def __init__(self, host: str, port: int, *, delay_secs: float = 0.0) -> None:
+    def __init__(self, host: str, port: int, *, delay: Callable[[bytes], float] = _none) -> None:
         self._target = (host, port)
-        self._delay_secs = delay_secs  #: of answers
+        self._delay = delay  #: of answers
         self._listener: socket.socket | None = None
         self._lock = threading.Lock()
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
@@ -102,8 +106,8 @@ class Proxy:
                 one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             done = threading.Semaphore(0)
             for source, sink, gate, delay in (
-                (client, server, self._to_server, 0.0),
-                (server, client, self._to_client, self._delay_secs),
+                (client, server, self._to_server, _none),
+                (server, client, self._to_client, self._delay),
             ):
                 threading.Thread(
                     target=self._pump, args=(source, sink, gate, delay, done), daemon=True
@@ -115,12 +119,12 @@ class Proxy:
         source: socket.socket,
         sink: socket.socket,
         gate: threading.Event,
-        delay_secs: float,
+        delay: Callable[[bytes], float],
         done: threading.Semaphore,
     ) -> None:
         with contextlib.suppress(OSError):
             while chunk := source.recv(65536):
-                time.sleep(delay_secs)
+                time.sleep(delay(chunk))
                 gate.wait()
                 sink.sendall(chunk)
         gate.wait()  # nor does a black hole pass on that somebody has hung up
@@ -139,9 +143,9 @@ class Proxy:
 
 
 @contextlib.contextmanager
-def proxy(host: str, port: int, *, delay_secs: float = 0.0) -> Iterator[Proxy]:
-    """A proxy to host:port, closed afterwards. `delay_secs`: how long each piece of an answer takes."""
-    one = Proxy(host, port, delay_secs=delay_secs)
+def proxy(host: str, port: int, *, delay: Callable[[bytes], float] = _none) -> Iterator[Proxy]:
+    """A proxy to host:port, closed afterwards. `delay`: how many seconds that piece of an answer takes."""
+    one = Proxy(host, port, delay=delay)
     try:
         yield one
     finally:

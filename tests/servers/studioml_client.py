@@ -39,6 +39,8 @@ MAKER = CHECKOUT / "tools" / "client_env.py"
 NO_PYTHON = 3
 #: How long one command of the client may take: it imports half a cloud, and other tests may share the machine.
 PATIENCE_SECS = 250
+#: Class and method of AMQP's frames that confirm.
+BASIC_ACK = b"\x00\x3c\x00\x50"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +123,8 @@ def client_broker(rabbitmq: RabbitmqServer) -> Iterator[str]:
     The client notes that it waits for a confirmation after it has published; one that is there before, as happens on
     loopback, ends its connection, and the submission fails although the message was published.
     """
-    with proxy(rabbitmq.host, rabbitmq.port, delay_secs=0.02) as distant:
+    # It looks for the confirmation after a second.
+    with proxy(rabbitmq.host, rabbitmq.port, delay=lambda answer: 0.9 * (BASIC_ACK in answer)) as distant:
         who = f"{rabbitmq.user}:{rabbitmq.password}@{rabbitmq.host}:{distant.port}"
         yield f"amqp://{who}/%2F?connection_attempts=3&retry_delay=.5&socket_timeout=5"
 
@@ -216,4 +219,4 @@ def ended(daemon: Daemon, experiment: str, count: int = 1) -> dict[str, Any]:
         recent = [one for one in daemon.get("/api/runs")["recent"] if one["experiment"] == experiment]
         return recent if len(recent) >= count else []
 
-    return daemon.until(over)[-1]
+    return daemon.until(over, 200)[-1]  # it may have an environment to build
