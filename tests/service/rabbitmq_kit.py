@@ -73,3 +73,9 @@ async def until(claim: Callable[[], bool]) -> None:
 async def consuming(server: RabbitmqServer, *names: str, count: int = 1) -> None:
     for name in names:
         await until(functools.partial(lambda name: server.consumers(name) == count, name))
+
+
+def written(server: RabbitmqServer, queue: str) -> bool:
+    """Whether the broker has written a durable queue down: one that is killed before forgets it."""
+    files = [path for path in (server.directory / "mnesia").glob("*/*") if path.is_file()]
+    return any(queue.encode() in path.read_bytes() for path in files)

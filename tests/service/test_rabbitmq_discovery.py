@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from typing import TYPE_CHECKING
 
 import pika
 import pytest
 
 from runner import errors
-from runner.queues import base, rabbitmq_connection
+from runner.queues import base, rabbitmq_connection, rabbitmq_management
 from runner.queues.rabbitmq import RabbitmqBackend
 from tests.servers.proxy import proxy
 from tests.service.rabbitmq_kit import LIMIT, backend, name, opened, ref, take, wire
@@ -89,10 +88,22 @@ async def test_a_user_without_the_management_tag_is_told_so(rabbitmq: RabbitmqSe
         assert await one.existence(ref(one, name)) is base.Existence.GONE
 
 
+async def what_publishing_says(
+    one: RabbitmqBackend, queue: base.QueueRef, monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """Why nothing can be published, as soon as the broker has said so."""
+    monkeypatch.setattr("runner.queues.rabbitmq.PUBLISH_SECS", 1.0)
+    async with asyncio.timeout(LIMIT):
+        while True:
+            with pytest.raises(errors.QueueUnavailable) as caught:
+                await one.publish(queue, b"2")
+            if "not connected yet" not in str(caught.value):
+                return str(caught.value)
+
+
 async def test_a_wrong_password_is_said_and_tried_again(
     rabbitmq: RabbitmqServer, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runner.queues.rabbitmq.PUBLISH_SECS", 3.0)
     monkeypatch.setattr("runner.queues.rabbitmq_connection.REFUSED_DELAY_SECS", 3.0)
     rabbitmq.add_user(name, "old", tags="management")
     rabbitmq.declare(name)
@@ -100,9 +111,9 @@ async def test_a_wrong_password_is_said_and_tried_again(
     async with opened(rabbitmq.url(user=name, password="s3cret"), rabbitmq.management_url) as one:
         with pytest.raises(errors.QueueUnavailable, match="401") as discovery:
             await one.discover()
-        with pytest.raises(errors.QueueUnavailable, match="ACCESS_REFUSED") as publishing:
-            await one.publish(ref(one, name), b"2")
-        assert "s3cret" not in f"{discovery.value} {publishing.value}"
+        said = await what_publishing_says(one, ref(one, name), monkeypatch)
+        assert "ACCESS_REFUSED" in said
+        assert "s3cret" not in f"{discovery.value} {said}"
         assert await one.existence(ref(one, name)) is base.Existence.UNKNOWN
         waiting = asyncio.create_task((await one.consumer(ref(one, name))).next())
         rabbitmq.add_user(name, "s3cret", tags="management")
@@ -113,10 +124,8 @@ async def test_a_wrong_password_is_said_and_tried_again(
 async def test_a_missing_vhost_is_unavailable(
     rabbitmq: RabbitmqServer, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runner.queues.rabbitmq.PUBLISH_SECS", 3.0)
     async with opened(rabbitmq.url(f"no {name}"), rabbitmq.management_url) as one:
-        with pytest.raises(errors.QueueUnavailable, match="vhost"):
-            await one.publish(ref(one, name, ""), b"2")
+        assert "vhost" in await what_publishing_says(one, ref(one, name, ""), monkeypatch)
         assert await one.existence(ref(one, name, "")) is base.Existence.UNKNOWN
 
 
@@ -130,11 +139,11 @@ async def test_nobody_at_the_address() -> None:
 async def test_a_management_api_that_stalls_has_a_deadline(
     rabbitmq: RabbitmqServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runner.queues.rabbitmq_management.DEADLINE_SECS", 1.0)
     with proxy(rabbitmq.host, rabbitmq.management_port) as way:
         async with opened(rabbitmq.amqp_url, f"http://127.0.0.1:{way.port}") as one:
             assert isinstance(await one.discover(), list)
             way.blackhole()
+            monkeypatch.setattr("runner.queues.rabbitmq_management.DEADLINE_SECS", 1.0)
             with pytest.raises(errors.QueueUnavailable, match="1 s"):
                 await one.discover()
 
@@ -159,20 +168,26 @@ async def declare_many(url: str, count: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-async def test_ten_thousand_queues_are_discovered_with_one_request(own_rabbitmq: RabbitmqServer) -> None:
+async def test_ten_thousand_queues_are_discovered_with_one_request(
+    own_rabbitmq: RabbitmqServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        rabbitmq_management, "DEADLINE_SECS", LIMIT
+    )  # how long it takes the benchmark measures
+    asked: list[str] = []
+    real = rabbitmq_management.Management._get
+
+    async def counted(management: rabbitmq_management.Management, path: str) -> tuple[int, bytes]:
+        asked.append(path)
+        return await real(management, path)
+
+    monkeypatch.setattr(rabbitmq_management.Management, "_get", counted)
     own_rabbitmq.add_vhost("many")
     await declare_many(own_rabbitmq.url("many"), 10_000)
     try:
         async with opened(own_rabbitmq.amqp_url, own_rabbitmq.management_url) as one:
-            taken = []
-            for _ in range(3):
-                start = time.monotonic()
-                found = await one.discover()
-                taken.append(time.monotonic() - start)
-                assert sum(info.ref.vhost == "many" for info in found) == 10_000
-            print("10 000 queues:", [f"{secs:.2f} s" for secs in taken])
-            assert (
-                min(taken) < 12.0
-            )  # not the bar, which the benchmark measures: only that it is not one request a queue
+            found = await one.discover()
+            assert sum(info.ref.vhost == "many" for info in found) == 10_000
+            assert asked == ["/api/bindings"]
     finally:
         own_rabbitmq.api("DELETE", "/api/vhosts/many")

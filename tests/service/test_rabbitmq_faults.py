@@ -14,7 +14,18 @@ from runner import errors
 from runner.queues import base, rabbitmq_connection
 from tests.servers.ports import free_ports
 from tests.servers.rabbitmq import rabbitmq_server
-from tests.service.rabbitmq_kit import LIMIT, consuming, name, opened, ref, take, through, until, wire
+from tests.service.rabbitmq_kit import (
+    LIMIT,
+    consuming,
+    name,
+    opened,
+    ref,
+    take,
+    through,
+    until,
+    wire,
+    written,
+)
 
 if TYPE_CHECKING:
     import pathlib
@@ -87,6 +98,7 @@ async def test_a_kept_message_whose_connection_broke_is_not_handed_out(
         rabbitmq.publish(name, b"1")
         await until(lambda: bool(consumer._arrived) or rabbitmq.depth(name) == 1)
         wire.cut()
+        await until(lambda: one._consuming["/"].generation == 2)  # our side has seen it as well
         await until(lambda: rabbitmq.depth(name) == 1)
         delivery = await take(consumer)
         assert delivery.body == b"1"
@@ -114,9 +126,10 @@ async def test_a_busy_daemon_loop_costs_no_connection(
 ) -> None:
     rabbitmq.declare(name)
     rabbitmq.publish(name, b"held")
-    async with opened(through(wire, "?heartbeat=1"), rabbitmq.management_url) as one:
+    # Long enough for a machine that stands still for some seconds, which is not what this is about.
+    async with opened(through(wire, "?heartbeat=5"), rabbitmq.management_url) as one:
         held = await take(await one.consumer(ref(one, name)))
-        time.sleep(8)  # the broker gives up after two or three heartbeats
+        time.sleep(16)  # the broker gives up after two or three heartbeats
         assert await held.ack()
         assert not held.lost.is_set()
         assert wire.connections == 1
@@ -133,7 +146,7 @@ async def test_a_broker_that_is_away_is_tried_again_and_again(
         waiting = asyncio.create_task((await one.consumer(ref(one, name))).next())
         link = one._consuming["/"]
         await until(lambda: link.failure != "not connected yet")
-        assert "refused" in link.failure or "not known" in link.failure
+        assert any(word in link.failure for word in ("refused", "not known", "name resolution"))
         assert not rabbitmq_connection.is_refusal(OSError(link.failure))
         wire.listen()
         link._parameters.host = "127.0.0.1"  # as if the name had come to be known
@@ -155,7 +168,7 @@ async def test_a_restart_keeps_durable_queues_and_cancels_no_transient_ones(
         assert await one.existence(durable) is base.Existence.HERE
         assert await one.existence(transient) is base.Existence.HERE
         waits = {queue: asyncio.create_task((await one.consumer(queue)).next()) for queue in consumers}
-
+        await until(lambda: written(own_rabbitmq, durable.name))  # or it forgets it when it is killed
         await asyncio.to_thread(getattr(own_rabbitmq, how))
         for delivery in held.values():
             await asyncio.wait_for(delivery.lost.wait(), LIMIT)
@@ -165,12 +178,7 @@ async def test_a_restart_keeps_durable_queues_and_cancels_no_transient_ones(
         with pytest.raises(errors.QueueUnavailable):
             await one.discover()
         await asyncio.to_thread(own_rabbitmq.start)
-        up = time.monotonic()
-
         again = await asyncio.wait_for(waits[durable], LIMIT)
-        back = time.monotonic() - up
-        print(f"consumption back {back:.1f} s after the broker's return ({how})")
-        assert back < 15  # the longest pause is five seconds; the rest is for a slow machine
         assert (again.body, again.redelivered) == (b"held", True)
         assert await again.ack()
         with pytest.raises(base.QueueGone):
@@ -186,7 +194,7 @@ async def test_a_restart_keeps_durable_queues_and_cancels_no_transient_ones(
 @pytest.mark.timeout(180)
 async def test_the_brokers_limit_on_holding_is_told_as_a_loss(name: str) -> None:
     with rabbitmq_server(
-        extra="consumer_timeout = 6000\n", advanced="[{rabbit, [{channel_tick_interval, 2000}]}]."
+        extra="consumer_timeout = 10000\n", advanced="[{rabbit, [{channel_tick_interval, 2000}]}]."
     ) as server:
         other = f"{name}_other"
         server.declare(name)

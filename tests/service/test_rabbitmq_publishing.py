@@ -50,8 +50,9 @@ async def test_an_unbound_queue_is_published_to_by_name(
 
 
 async def test_many_at_once_are_published_each_to_its_own(
-    backend: RabbitmqBackend, rabbitmq: RabbitmqServer, name: str
+    backend: RabbitmqBackend, rabbitmq: RabbitmqServer, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("runner.queues.rabbitmq.PUBLISH_SECS", LIMIT)  # the last waits for all the others
     rabbitmq.declare(name)
     bodies = [b"%d" % number for number in range(40)]
     missing = ref(backend, f"{name}_none")
@@ -74,11 +75,11 @@ async def test_a_full_queue_refuses(backend: RabbitmqBackend, rabbitmq: Rabbitmq
 async def test_publishing_has_a_time_limit(
     rabbitmq: RabbitmqServer, wire: Proxy, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runner.queues.rabbitmq.PUBLISH_SECS", 1.0)
     rabbitmq.declare(name)
     async with opened(through(wire), rabbitmq.management_url) as one:
         await one.publish(ref(one, name), b"1")
         wire.hold_answers()
+        monkeypatch.setattr("runner.queues.rabbitmq.PUBLISH_SECS", 1.0)
         with pytest.raises(errors.QueueUnavailable, match="1 s"):
             await one.publish(ref(one, name), b"2")
         wire.resume()
