@@ -134,10 +134,10 @@ async def test_the_loop_goes_on_while_the_driver_hangs_and_nothing_is_given_away
 async def test_a_driver_that_hangs_while_it_is_asked_for_figures_holds_up_neither_the_loop_nor_the_end(
     monkeypatch,
 ):
-    monkeypatch.setattr(gpuwatch, "LIMIT_SECS", 0.05)
     eyes = Eyes(sight())
     gpus = watch(eyes)
     await gpus.look()
+    monkeypatch.setattr(gpuwatch, "LIMIT_SECS", 0.05)
     eyes.blocked.clear()
     assert await gpus.usage(["GPU-a"], []) == {}
     # Not one of the loop's threads, which are waited for when it is closed.
