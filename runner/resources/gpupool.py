@@ -4,6 +4,12 @@ Not thread-safe, and nothing in it waits: it lives in the daemon's loop, and is 
 
 What of a card's memory is free (DESIGN.md 5.2, rule 8): what is measured to be free, less what runs were promised and do not use
 yet. A run that was promised 8 GiB and uses 5 takes 5 by the measurement and 3 by the promise: never 13, never 5.
+
+What of its slots is free: the share of them that strangers have left of the memory, to the nearest whole slot, less those that were
+granted. To the nearest, as an idle card has some memory in use too, by the driver itself and by a display or a persistence server:
+some hundred MB, less than half a slot of any card in the table. Rounded down, they would cost every card a slot, and one of a
+single slot altogether; up to half a slot's memory is overcommitted instead. Our own runs have paid with their slots already: what
+they use never counts here.
 """
 
 from __future__ import annotations
@@ -73,11 +79,33 @@ class _Held:
     away_since: float | None = None
     misses: int = 0
     others_bytes: int = 0  #: what was used when nobody of ours had it
+    least_bytes: int = 0  #: the least that was used since then: more than that is not known to be strangers'
+    ended: set[str] = dataclasses.field(
+        default_factory=set
+    )  #: homes of runs that had ended when it was seen, or after
     changes: int = 0  #: of its holders
 
     @property
     def free_slots(self) -> int:
-        return self.slots - sum(hold.slots for hold in self.holds.values())
+        return max(0, self.fair_slots - sum(hold.slots for hold in self.holds.values()))
+
+    @property
+    def fair_slots(self) -> int:
+        """How many slots it has beside what strangers use of it."""
+        total = self.card.memory_bytes
+        left = max(0, total - self.strangers_bytes)
+        return (2 * self.slots * left + total) // (2 * total) if total else self.slots
+
+    @property
+    def strangers_bytes(self) -> int:
+        """Memory in use that is known not to be that of our runs. A card that does not tell of its memory is believed to have none."""
+        if not self.sight.card.memory_bytes:
+            return 0
+        homes = self.sight.by_home
+        if homes is None:
+            return self.least_bytes
+        ours = {hold.home for hold in self.holds.values()} | self.ended | {""}
+        return max(0, self.sight.used_bytes - sum(homes.get(home, 0) for home in ours))
 
     @property
     def free_bytes(self) -> int:
@@ -88,13 +116,24 @@ class _Held:
         homes = self.sight.by_home
         holds = self.holds.values()
         if homes is not None:
-            return sum(max(0, hold.promised_bytes - homes.get(hold.home, 0)) for hold in holds)
+            return sum(
+                max(0, hold.promised_bytes - (homes.get(hold.home, 0) if hold.home else 0)) for hold in holds
+            )
         # The driver does not say whose memory it is. Runs with a promise are believed to use no more than that; whoever has
         # none may use all that is used.
         promised = sum(hold.promised_bytes for hold in holds)
         if not all(hold.promised_bytes for hold in holds):
             return promised
         return max(0, promised - max(0, self.sight.used_bytes - self.others_bytes))
+
+    def sees(self, sight: Sight, since: int) -> None:
+        """It looks like that; `since`: how many changes of its holders there had been when the look began."""
+        self.sight = sight
+        self.least_bytes = min(self.least_bytes, sight.used_bytes)
+        if self.changes == since:  # what has ended before has given back what it had
+            self.ended.clear()
+            if not self.holds:
+                self.others_bytes = self.least_bytes = sight.used_bytes
 
     def usable(self, owner: str) -> bool:
         return not self.fenced and not self.misses and (not self.holds or self.owner == owner)
@@ -146,9 +185,8 @@ class GpuPool:
             if seen is None:
                 held.away_since = now if held.away_since is None else held.away_since
             else:
-                held.sight, held.away_since = seen, None
-                if not held.holds and held.changes == watermarks.get(uuid, 0):
-                    held.others_bytes = seen.used_bytes
+                held.away_since = None
+                held.sees(seen, since=watermarks.get(uuid, 0))
             if held.fenced and seen is not None and not why and now - held.bad_at >= QUIET_SECS:
                 held.fenced = ""
         self._forget()
@@ -165,7 +203,11 @@ class GpuPool:
         if held is None or (sight.card.memory_bytes and not held.card.memory_bytes and not held.holds):
             slots = 1 if self._slots is None else self._slots(sight.card).count
             self._cards[sight.card.uuid] = _Held(
-                card=sight.card, slots=slots, sight=sight, others_bytes=sight.used_bytes
+                card=sight.card,
+                slots=slots,
+                sight=sight,
+                others_bytes=sight.used_bytes,
+                least_bytes=sight.used_bytes,
             )
         elif not sight.card.memory_bytes:
             return dataclasses.replace(sight, used_bytes=held.card.memory_bytes)
@@ -241,7 +283,8 @@ class GpuPool:
     def give_back(self, number: int) -> None:
         """All that this allocation has. Does nothing for one that has nothing."""
         for held in self._cards.values():
-            if held.holds.pop(number, None) is not None:
+            if (hold := held.holds.pop(number, None)) is not None:
+                held.ended.add(hold.home)
                 held.changes += 1
                 self._released = True
 
@@ -249,7 +292,7 @@ class GpuPool:
 
     @property
     def free_slots(self) -> int:
-        """Slots that nobody has, of cards that are not fenced; of one that serves a queue they are for that queue only."""
+        """Slots to be had, of cards that are not fenced; of one that serves a queue they are for that queue only."""
         return sum(held.free_slots for held in self._cards.values() if not held.fenced)
 
     def cards(self) -> list[CardState]:
@@ -284,7 +327,9 @@ class GpuPool:
                 return held.fenced or "it does not answer"
             if not held.usable(owner):
                 return "serves another queue"
-            return f"{held.free_slots} of {_of(held.slots, held.free_bytes)}"
+            others = f"; others use {units.format_bytes(held.strangers_bytes)}"
+            told = f"{held.free_slots} of {_of(held.slots, held.free_bytes)}"
+            return told + (others if held.fair_slots < held.slots else "")
 
         return _listed(f"{_named(held.card)} ({state(held)})" for held in self._cards.values())
 

@@ -28,7 +28,8 @@ class Sight:
     card: Card
     used_bytes: int  #: of its memory, by whomever
     ecc_errors: int = 0  #: uncorrected ones since the driver was loaded
-    #: How much of that each run has, by its `STUDIOML_HOME`; None where the driver does not tell all processes and their memory.
+    #: How much of that each run has, by its `STUDIOML_HOME`, and below "" runs of ours of which nothing tells which they are.
+    #: None where the driver does not tell all processes and their memory.
     by_home: Mapping[str, int] | None = None
 
 
@@ -206,7 +207,7 @@ def _by_home(handle: Any) -> dict[str, int] | None:
         return None
     homes: dict[str, int] = {}
     for pid, used in by_pid.items():
-        if (home := probe.environment(pid).get("STUDIOML_HOME")) is not None:
+        if (home := probe.home(pid)) is not None:
             homes[home] = homes.get(home, 0) + (used or 0)
     return homes
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from runner import errors, units
+from runner.process import tree
 from runner.request.model import Resources
 from runner.resources import containers
 
@@ -68,6 +69,28 @@ def sees_all_processes() -> bool:
     with contextlib.suppress(OSError):
         return str(pathlib.Path("/proc/self/ns/pid").readlink()) == _HOST_PIDS
     return False
+
+
+#: No process of a run has more above it.
+_MAX_DEPTH = 64
+
+
+def home(pid: int) -> str | None:
+    """The `STUDIOML_HOME` of the run that this process belongs to; None when it belongs to none that is known.
+
+    A program that gives itself another title (setproctitle) or starts its workers with an empty environment hides it: then what
+    has started it is asked. Empty for one that descends from this very process, and nobody says of which run.
+    """
+    for _ in range(_MAX_DEPTH):
+        if told := environment(pid).get("STUDIOML_HOME"):
+            return told
+        entry = tree.look(pid)
+        if entry is None or entry.parent <= 1:
+            return None
+        pid = entry.parent
+        if pid == os.getpid():
+            return ""
+    return None
 
 
 def environment(pid: int) -> dict[str, str]:

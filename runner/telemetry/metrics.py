@@ -45,7 +45,7 @@ _RUN_QUEUE_TYPE = {"rabbitmq": "rmq"}
 
 _GPU_GAUGES = (
     ("slots", "Slots that a card has", "slots"),
-    ("free_slots", "Slots of a card that are not promised; 0 while it is fenced", "free_slots"),
+    ("free_slots", "Slots of a card that could be given away; 0 while it is fenced", "free_slots"),
     ("memory_bytes", "Memory that a card has", "memory_bytes"),
     ("memory_used_bytes", "Memory of a card in use, by whomever", "used_bytes"),
     ("fenced", "1 for a card that has failed and is not used", "fenced"),

@@ -58,6 +58,7 @@ class Machine(RuleBasedStateMachine):
         self.machine = Allocator(MACHINE, lambda: GIB, self.pool)
         self.runs: list[Run] = []
         self.strangers = dict.fromkeys(CARDS, 0)
+        self.seen = dict.fromkeys(CARDS, 0)  # ... when the card was looked at last
         self.ecc = dict.fromkeys(CARDS, 0)
         self.away: set[str] = set()
         self.bad_at = dict.fromkeys(CARDS, -1e9)  # when a look saw something wrong with it
@@ -72,8 +73,17 @@ class Machine(RuleBasedStateMachine):
         return min(total, self.strangers[uuid] + ours)
 
     def free_slots(self, uuid: str) -> int:
-        held = [grant.slots for run in self.runs for grant in run.allocation.gpus if grant.uuid == uuid]
-        return CARDS[uuid][0] - sum(held)
+        slots, gib = CARDS[uuid]
+        # The nearest whole number to what strangers have left: one at a time is taken away while more than half of it is theirs.
+        left = next(
+            left
+            for left in range(slots + 1)
+            if 2 * slots * (gib * GIB - self.seen[uuid]) < (2 * left + 1) * gib * GIB
+        )
+        return max(0, left - self.granted(uuid))
+
+    def granted(self, uuid: str) -> int:
+        return sum(grant.slots for run in self.runs for grant in run.allocation.gpus if grant.uuid == uuid)
 
     def room(self, uuid: str) -> int:
         """Memory that nobody uses and nobody was promised."""
@@ -122,6 +132,7 @@ class Machine(RuleBasedStateMachine):
             if uuid not in self.away
         ]
         self.pool.seen(sights, frozenset(self.away), marks, self.now)
+        self.seen |= {uuid: self.strangers[uuid] for uuid in CARDS if uuid not in self.away}
         for uuid in CARDS:
             if self.ecc[uuid] or uuid in self.away:
                 self.bad_at[uuid] = self.now
@@ -172,7 +183,7 @@ class Machine(RuleBasedStateMachine):
                 run.used[uuid] = 0
                 run.used[uuid] = min(gib * GIB, self.cards[uuid].memory_bytes - self.used(uuid))
 
-    @rule(uuid=st.sampled_from(list(CARDS)), gib=st.integers(0, 10))
+    @rule(uuid=st.sampled_from(list(CARDS)), gib=st.integers(0, 40))
     def stranger(self, uuid: str, gib: int) -> None:
         self.strangers[uuid] = 0
         self.strangers[uuid] = min(gib * GIB, self.cards[uuid].memory_bytes - self.used(uuid))
@@ -199,7 +210,7 @@ class Machine(RuleBasedStateMachine):
     def nothing_is_promised_twice_and_nothing_leaks(self) -> None:
         told = {state.card.uuid: state for state in self.pool.cards()}
         for uuid, (slots, _) in CARDS.items():
-            assert 0 <= self.free_slots(uuid) <= slots
+            assert 0 <= self.granted(uuid) <= slots
             assert len(self.owners(uuid)) <= 1
             if uuid in told and not told[uuid].fenced:
                 assert told[uuid].free_slots == self.free_slots(uuid)

@@ -13,7 +13,7 @@ from runner.resources.gpus import Sight
 
 GIB = 1 << 30
 GB = 10**9
-SLOTS = {"T4": 4, "A100": 24}
+SLOTS = {"T4": 4, "A100": 24, "GTX 1060": 1}
 MACHINE = Resources(cpus=64, ram_bytes=GIB, hdd_bytes=GIB)
 
 
@@ -34,7 +34,7 @@ class Machine:
     def look(self, *, used=0, homes=None, ecc=0, lost=frozenset(), secs=0.0) -> dict[str, str]:
         self.now += secs
         sights = [
-            Sight(card=each, used_bytes=used * GB, ecc_errors=ecc, by_home=homes) for each in self.cards
+            Sight(card=each, used_bytes=int(used * GB), ecc_errors=ecc, by_home=homes) for each in self.cards
         ]
         return self.pool.seen(sights, lost, self.pool.watermarks(), self.now)
 
@@ -85,6 +85,82 @@ def test_memory_of_strangers_is_not_free():
     assert machine.room() == 5
     machine.look(used=3 + 5 + 2, homes={"/a": 5 * GB})
     assert machine.room() == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "gb", "used", "slots"),
+    [
+        ("T4", 16, 0.5, 4),  # a display server, or the driver itself
+        ("T4", 16, 2.1, 3),  # more than half of one
+        ("T4", 16, 13.9, 1),
+        ("T4", 16, 16, 0),
+        ("A100", 40, 0.8, 24),
+        ("A100", 40, 20, 12),
+        ("GTX 1060", 6, 2.9, 1),
+        ("GTX 1060", 6, 3.1, 0),
+    ],
+)
+@pytest.mark.parametrize("homes", [{}, None])  # whether the driver says whose it is
+def test_slots_whose_memory_strangers_use_are_not_free(name, gb, used, slots, homes):
+    machine = Machine(card(gb=gb, name=name))
+    machine.look(used=used, homes=homes)
+    assert machine.pool.free_slots == slots
+    if slots:
+        machine.run(slots=slots)
+    with pytest.raises(errors.NoCapacity, match=f"free are: {name} 0 \\(0 of {SLOTS[name]} slot"):
+        machine.run(slots=1)
+    machine.look(used=0, homes=homes)  # they have gone
+    assert machine.pool.free_slots == SLOTS[name] - slots
+
+
+def test_slots_that_strangers_take_away_are_told_with_the_reason():
+    machine = Machine(card(gb=16))
+    machine.look(used=16)
+    with pytest.raises(errors.NoCapacity) as told:
+        machine.run()
+    assert (
+        told.value.lacking == "1 GPU slot is asked for; free are: T4 0 (0 of 4 slots, 0 B; others use 16 GB)"
+    )
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_what_our_runs_use_takes_no_slots_away(told):
+    machine = Machine(card(gb=16))
+
+    def look(used: float, **homes: float) -> None:
+        machine.look(used=used, homes={f"/{name}": gb * GB for name, gb in homes.items()} if told else None)
+
+    first = machine.run(home="/a")
+    look(15, a=15)
+    assert machine.pool.free_slots == 3
+    first.release()  # what it had is not looked at anew yet
+    assert machine.pool.free_slots == 4
+    second = machine.run(home="/b")
+    look(15, a=5, b=10)  # the driver takes its time
+    look(10, b=10)
+    assert machine.pool.free_slots == 3
+    second.release()
+    look(0)
+    assert machine.pool.free_slots == 4
+
+
+def test_strangers_that_come_to_a_card_in_use_are_seen_where_the_driver_says_whose_memory_it_is():
+    machine = Machine(card(gb=16))
+    machine.run(home="/a")
+    machine.look(used=4 + 8, homes={"/a": 4 * GB})
+    assert machine.pool.free_slots == 1
+    machine.look(used=4 + 2 + 5, homes={"/a": 4 * GB, "": 2 * GB, "/runs/of/another/daemon": 5 * GB})
+    assert machine.pool.free_slots == 2
+
+
+def test_where_it_does_not_the_least_that_was_seen_is_theirs():
+    machine = Machine(card(gb=16))
+    machine.look(used=12)  # of one that has just ended, and whose memory the driver has not got back yet
+    machine.run()
+    assert machine.pool.free_slots == 0
+    machine.look(used=1)
+    machine.look(used=13)
+    assert machine.pool.free_slots == 3
 
 
 def test_what_one_run_uses_does_not_hide_what_another_was_promised():

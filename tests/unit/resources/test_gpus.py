@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -201,6 +202,32 @@ def test_without_a_library_there_is_no_gpu_and_nothing_is_imported(tmp_path, mac
         assert eyes.ask("nvml.usage(['GPU-0'], [])") == {}
     finally:
         eyes.close()
+
+
+def test_a_process_that_hides_its_environment_is_known_by_what_has_started_it(monkeypatch):
+    """As workers do that are started with an empty one, and whatever changes its own title."""
+    code = "import subprocess; print(subprocess.Popen(['sleep', '600'], env={}).pid, flush=True); input()"
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={"STUDIOML_HOME": "/runs/a"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    nameless = subprocess.Popen(["sleep", "600"], env={})
+    assert parent.stdout
+    worker = int(parent.stdout.readline())
+    try:
+        assert probe.home(worker) == "/runs/a"
+        assert probe.home(nameless.pid) == ""  # this very process has started it: it is nobody else's
+        monkeypatch.setattr(os, "getpid", lambda: 0)
+        monkeypatch.delenv("STUDIOML_HOME", raising=False)
+        assert probe.home(nameless.pid) is None
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        nameless.kill()
+        nameless.communicate()
+        parent.communicate(b"\n")
+    assert probe.home(nameless.pid) is None  # it is gone
 
 
 def test_whose_memory_it_is(eyes, machine, tmp_path):
