@@ -24,6 +24,7 @@ from runner.executors import builders, docker_args, docker_engine, program
 from runner.executors.base import Executor, Prepared
 from runner.executors.docker_container import Building
 from runner.executors.docker_images import Images, reference
+from runner.resources import probe, usage
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
     from runner.config import Containers
     from runner.executors import docker_python
-    from runner.executors.base import RunSpec
+    from runner.executors.base import Image, RunSpec
     from runner.executors.docker_engine import Engine
     from runner.executors.docker_images import EngineImage
     from runner.process.base import ProcessExit
@@ -83,6 +84,10 @@ class DockerExecutor(Executor):
         """See `Executor.check`."""
         self._engine()
 
+    async def vet(self, image: Image) -> None:
+        """See `Executor.vet`. Asks the engine."""
+        await Images(self._engine(), self._config.pull).vet(image)
+
     @contextlib.asynccontextmanager
     async def prepare(self, spec: RunSpec, log: Path) -> AsyncIterator[Prepared]:
         """See `Executor.prepare`. What it installs is in `<run_dir>/env`; beside `log` are files for the engine alone."""
@@ -112,6 +117,7 @@ class DockerExecutor(Executor):
                 # Ended, not removed: how it ended is still to be asked.
                 cleanup=engine.argv("kill", name),
                 verdict=lambda ended: self._verdict(engine, name, command, spec, ended),
+                first=lambda: self._first(engine, name, spec),
             )
 
     async def reap(self) -> None:
@@ -214,6 +220,17 @@ class DockerExecutor(Executor):
             self._pythons[known] = (fits or found)[0]
         return self._pythons[known]
 
+    # -- where it runs
+
+    async def _first(self, engine: Engine, name: str, spec: RunSpec) -> usage.First | None:
+        """See `Prepared.first`."""
+        try:
+            answer = await engine.ask("container", "inspect", "--format", "{{.State.Pid}}", name)
+        except (errors.RunnerError, OSError) as exc:
+            log.debug("it is not known where a container runs", container=name, error=str(exc))
+            return None
+        return await asyncio.to_thread(_first_here, answer.text, spec.env.get("STUDIOML_HOME"))
+
     # -- how it ended
 
     async def _verdict(
@@ -303,6 +320,18 @@ class DockerExecutor(Executor):
             except errors.Unreachable:
                 return True
         return False
+
+
+def _first_here(said: str, home: str | None) -> usage.First | None:
+    """The process of that number, if it is the run's. Blocking.
+
+    Where the engine is on another host, or counts processes otherwise, the number is somebody else's here, or nobody's.
+    """
+    found = re.search(r"^[1-9][0-9]{0,9}$", said, re.MULTILINE)
+    if found is None or home is None:
+        return None
+    first = usage.first(int(found[0]))
+    return first if probe.environment(int(found[0])).get("STUDIOML_HOME") == home else None
 
 
 def _not_made(text: str) -> errors.RunnerError:

@@ -16,7 +16,7 @@ from runner import errors
 from runner.executors import docker_archive
 
 if TYPE_CHECKING:
-    from runner.executors.base import RunSpec
+    from runner.executors.base import Image, RunSpec
     from runner.executors.docker_engine import Answer, Engine
 
 log = structlog.get_logger(__name__)
@@ -90,10 +90,7 @@ class Images:
         found = None if self._pull == "always" else await self._inspect(name)
         if found is not None:
             return found
-        if self._pull == "never":
-            raise errors.NoEngine(
-                f"the image {name} is not on this host, and --container-pull=never: fetch it by hand"
-            )
+        self._may_fetch(name)
         if self._engine.is_podman:
             name = _with_server(name)
         log.info("fetching a container image", image=name)
@@ -101,6 +98,21 @@ class Images:
         if not answer.ok:
             raise _pull_failure(name, answer)
         return await self._inspected(name)
+
+    async def vet(self, image: Image) -> None:
+        """Raises what `ready` would without fetching anything: errors.UnsupportedRequest, errors.NoEngine, errors.Unreachable."""
+        if image.file is not None:
+            await self._engine.ask("version")  # whether it is there
+            return
+        name = reference(image.reference)
+        if await self._inspect(name) is None:
+            self._may_fetch(name)
+
+    def _may_fetch(self, name: str) -> None:
+        if self._pull == "never":
+            raise errors.NoEngine(
+                f"the image {name} is not on this host, and --container-pull=never: fetch it by hand"
+            )
 
     async def _loaded(self, file: Path, spec: RunSpec, output: Path) -> EngineImage:
         name = await asyncio.to_thread(docker_archive.name_of, file)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
-    from runner.executors.base import Prepared, RunSpec
+    from runner.executors.base import Image, Prepared, RunSpec
 
 #: What an operator has to do to get what is not there.
 _TO_DO = {
@@ -45,6 +45,10 @@ class Later(Executor):
         """See `Executor.check`."""
         self._made.check(engine)
 
+    async def vet(self, image: Image) -> None:
+        """See `Executor.vet`."""
+        await self._made.vet(image)
+
     async def reap(self) -> None:
         """See `Executor.reap`."""
         if self._trace.exists():
@@ -72,6 +76,10 @@ class Executors(Executor):
     def check(self, engine: str | None) -> None:
         """See `Executor.check`."""
         self._executor(engine).check(engine)
+
+    async def vet(self, image: Image) -> None:
+        """See `Executor.vet`."""
+        await self._executor(image.engine).vet(image)
 
     async def reap(self) -> None:
         """See `Executor.reap`."""
