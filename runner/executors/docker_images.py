@@ -102,7 +102,7 @@ class Images:
     async def vet(self, image: Image) -> None:
         """Raises what `ready` would without fetching anything: errors.UnsupportedRequest, errors.NoEngine, errors.Unreachable."""
         if image.file is not None:
-            await self._engine.ask("version")  # whether it is there
+            await self._engine.ask("version", "--format", "{{.Server.Version}}")  # whether it is there
             return
         name = reference(image.reference)
         if await self._inspect(name) is None:

@@ -16,6 +16,7 @@ from runner.executors.base import Image, Limits, RunSpec
 from runner.executors.docker import DockerExecutor
 from runner.process.base import Command
 from runner.process.spawner import Spawner
+from runner.resources import usage
 from tests.servers import docker as docker_server_module
 from tests.servers.docker import GREETER, PYTHON
 
@@ -281,6 +282,32 @@ while True: time.sleep(0.05)
 """
 
 
+async def test_the_engine_tells_where_a_program_runs_and_it_is_measured_there(place):
+    script = """
+import os, time
+held = bytearray(b"x") * (60 << 20)
+if os.fork() == 0:
+    os.setsid()
+    held[:] = b"y" * len(held)
+print("begun", flush=True)
+time.sleep(600)
+"""
+    env = {"TMPDIR": str(place.root / "tmp"), "STUDIOML_HOME": str(place.root)}
+    async with place.executor.prepare(place.spec(script, env=env), place.log) as prepared:
+        assert prepared.first is not None
+        assert await prepared.first() is None  # there is no container yet
+        process = await place.spawner.start(place.command(prepared))
+        await until(lambda: place.output.exists() and place.said().count("begun") == 2)
+        first = await prepared.first()
+        assert first is not None
+        (sample,) = usage.look([(first, 0)])
+        assert len(sample.pids) == 3  # the init, and two
+        assert 120 << 20 < sample.memory_bytes < 200 << 20
+        await process.stop(0)
+    assert await prepared.first() is None
+    assert usage.look([(first, 0)])[0].pids == ()
+
+
 async def test_term_reaches_the_program(place):
     how = "lambda *_: (print('asked to end', flush=True), sys.exit(7))"
     async with place.executor.prepare(place.spec(SLEEPER.format(how=how)), place.log) as prepared:
@@ -372,9 +399,21 @@ async def test_cancelled_while_it_is_made_ready_leaves_nothing(place):
     assert place.docker.containers() == []
 
 
+async def test_an_image_that_is_not_here_is_left_to_others_before_anything_is_fetched(place):
+    executor = DockerExecutor(
+        config.Containers(pull="never"), place.state_dir, place.spawner, environ=place.executor._environ
+    )
+    await executor.vet(Image(engine="docker", reference=PYTHON))
+    with pytest.raises(errors.NoEngine, match=r"127\.0\.0\.1:1/x:1 is not on this host"):
+        await executor.vet(Image(engine="docker", reference="127.0.0.1:1/x:1"))
+
+
 async def test_an_engine_that_is_away_is_unreachable(place, tmp_path):
     environ = {**os.environ, "DOCKER_HOST": f"unix://{tmp_path}/nobody.sock"}
     executor = DockerExecutor(config.Containers(), place.state_dir, place.spawner, environ=environ)
     with pytest.raises(errors.Unreachable, match=r"docker does not answer: .*nobody\.sock"):
         async with executor.prepare(place.spec("print(1)"), place.log):
             pass
+    for image in (Image(engine="docker", reference=PYTHON), Image(engine="docker", file=place.workspace)):
+        with pytest.raises(errors.Unreachable, match=r"docker does not answer: .*nobody\.sock"):
+            await executor.vet(image)
