@@ -71,6 +71,8 @@ log = structlog.get_logger(__name__)
 THREADS = 32
 #: How long a forced stop waits for runs to let go.
 FORCE_SECS = 8.0
+#: How often it is looked for what is kept for later runs and none has used for long.
+TIDY_SECS = 3600.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,6 +145,13 @@ async def _cards_in_use(gpus: GpuWatch, uuids: Sequence[str], pids: Sequence[int
         memory_bytes=sum(memory) if len(memory) == len(told) else None,
         utilization=sum(rates) if len(rates) == len(told) else None,
     )
+
+
+async def _tidying(executor: Executor) -> None:
+    """For ever."""
+    while True:
+        await executor.tidy()
+        await asyncio.sleep(TIDY_SECS)
 
 
 class Service:
@@ -249,6 +258,7 @@ class Service:
             ),
             "reading": reading.prepare(),
             "sampler": tools.sampler.run(),
+            "tidying": _tidying(tools.executor),
             "watchdog": self._notifier.watchdog(),
         }
 

@@ -107,6 +107,12 @@ class Executor(abc.ABC):
         Limited in time; never raises but for cancellation: what cannot be removed is told in the log.
         """
 
+    async def tidy(self) -> None:  # noqa: B027 - most keep within a quota of their own
+        """Remove what is kept for later runs and none has used for long. Called now and then, beside runs; delays none.
+
+        Limited in time; never raises but for cancellation.
+        """
+
     async def make_room(self, bytes_needed: int) -> int:
         """The disk is low: remove so many bytes of what is kept for later runs and nobody uses; how many were."""
         del bytes_needed

@@ -24,6 +24,7 @@ from runner.executors import builders, docker_args, docker_engine, program
 from runner.executors.base import Executor, Prepared
 from runner.executors.docker_container import Building
 from runner.executors.docker_images import Images, reference
+from runner.executors.docker_loaded import Loaded
 from runner.resources import probe, usage
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ class DockerExecutor(Executor):
         self._live: set[str] = set()  # names of containers that runs of this daemon own
         self._swept = False
         self._sweeping = asyncio.Lock()
+        self._loaded = Loaded(state_dir / "container-images")
         self._pythons: dict[tuple[str, str], docker_python.ImagePython] = {}
 
     # -- what others call
@@ -96,29 +98,38 @@ class DockerExecutor(Executor):
         if spec.image is not None and spec.image.file is None:
             reference(spec.image.reference)  # refused before anything is asked
         await self._sweep(engine)
-        images = Images(engine, self._config.pull)
-        image = await images.ready(spec, log)
-        place = docker_args.Place(
-            traits=await engine.traits(),
-            is_podman=engine.is_podman,
-            network=self._config.network,
-            label=await asyncio.to_thread(self._label),
-        )
-        building = Building(engine, place, spec, image, log, self.named)
-        python = None if spec.filename is None else await self._python(building)
-        overlay, warnings = await building.overlay(python)
-        async with self.named(engine, spec, "run") as name:
-            command = await building.command(name, python, arguments, has_overlay=overlay)
-            yield Prepared(
-                argv=engine.argv("run", *command),
-                as_daemon=True,
-                env=engine.env,
-                facts=_facts(engine, image, python, (*warnings, *docker_args.unlimited(spec.limits, place))),
-                # Ended, not removed: how it ended is still to be asked.
-                cleanup=engine.argv("kill", name),
-                verdict=lambda ended: self._verdict(engine, name, command, spec, ended),
-                first=lambda: self._first(engine, name, spec),
+        async with contextlib.AsyncExitStack() as held:
+            image = await Images(engine, self._config.pull).ready(
+                spec, log, lambda name: held.enter_async_context(self._loaded.used(name))
             )
+            place = docker_args.Place(
+                traits=await engine.traits(),
+                is_podman=engine.is_podman,
+                network=self._config.network,
+                label=await asyncio.to_thread(self._label),
+            )
+            building = Building(engine, place, spec, image, log, self.named)
+            python = None if spec.filename is None else await self._python(building)
+            overlay, warnings = await building.overlay(python)
+            async with self.named(engine, spec, "run") as name:
+                command = await building.command(name, python, arguments, has_overlay=overlay)
+                yield Prepared(
+                    argv=engine.argv("run", *command),
+                    as_daemon=True,
+                    env=engine.env,
+                    facts=_facts(
+                        engine, image, python, (*warnings, *docker_args.unlimited(spec.limits, place))
+                    ),
+                    # Ended, not removed: how it ended is still to be asked.
+                    cleanup=engine.argv("kill", name),
+                    verdict=lambda ended: self._verdict(engine, name, command, spec, ended),
+                    first=lambda: self._first(engine, name, spec),
+                )
+
+    async def tidy(self) -> None:
+        """See `Executor.tidy`: of images that came as files. Others are not ours to remove."""
+        with contextlib.suppress(errors.NoEngine):
+            await self._loaded.tidy(self._engine())
 
     async def reap(self) -> None:
         """See `Executor.reap`."""

@@ -16,6 +16,8 @@ from runner import errors
 from runner.executors import docker_archive
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from runner.executors.base import Image, RunSpec
     from runner.executors.docker_engine import Answer, Engine
 
@@ -77,15 +79,18 @@ class Images:
         self._engine = engine
         self._pull = pull
 
-    async def ready(self, spec: RunSpec, output: Path) -> EngineImage:
+    async def ready(self, spec: RunSpec, output: Path, hold: Callable[[str], Awaitable[None]]) -> EngineImage:
         """The image of that run; fetched if need be, in an hour at the most. What the engine says goes to `output`.
 
+        `hold` is given the name of one that comes as a file before it is looked for: nobody may remove it any more.
         Raises errors.UnsupportedRequest (there is no such image), errors.ArchiveRefused, errors.NoEngine (it may not be
         fetched), errors.Unreachable (engine or registry), errors.EnvironmentFailed (anything else).
         """
         assert spec.image is not None
         if spec.image.file is not None:
-            return await self._loaded(spec.image.file, spec, output)
+            name = await asyncio.to_thread(docker_archive.name_of, spec.image.file)
+            await hold(name)
+            return await self._loaded(spec.image.file, name, spec, output)
         name = reference(spec.image.reference)
         found = None if self._pull == "always" else await self._inspect(name)
         if found is not None:
@@ -114,8 +119,7 @@ class Images:
                 f"the image {name} is not on this host, and --container-pull=never: fetch it by hand"
             )
 
-    async def _loaded(self, file: Path, spec: RunSpec, output: Path) -> EngineImage:
-        name = await asyncio.to_thread(docker_archive.name_of, file)
+    async def _loaded(self, file: Path, name: str, spec: RunSpec, output: Path) -> EngineImage:
         if (found := await self._inspect(name)) is not None:
             return found
         with tempfile.TemporaryDirectory(dir=output.parent, prefix="image-") as scratch:

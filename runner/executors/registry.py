@@ -54,6 +54,11 @@ class Later(Executor):
         if self._trace.exists():
             await self._made.reap()
 
+    async def tidy(self) -> None:
+        """See `Executor.tidy`."""
+        if self._trace.exists():
+            await self._made.tidy()
+
     async def make_room(self, bytes_needed: int) -> int:
         """See `Executor.make_room`."""
         return await self._made.make_room(bytes_needed) if self._trace.exists() else 0
@@ -84,6 +89,10 @@ class Executors(Executor):
     async def reap(self) -> None:
         """See `Executor.reap`."""
         await asyncio.gather(*(executor.reap() for executor in self._present))
+
+    async def tidy(self) -> None:
+        """See `Executor.tidy`."""
+        await asyncio.gather(*(executor.tidy() for executor in self._present))
 
     async def make_room(self, bytes_needed: int) -> int:
         """See `Executor.make_room`: one after the other, until it is enough."""

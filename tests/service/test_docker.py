@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from runner import config, errors
+from runner.executors import docker_archive
 from runner.executors.base import Image, Limits, RunSpec
 from runner.executors.docker import DockerExecutor
 from runner.process.base import Command
@@ -221,6 +222,39 @@ async def test_an_image_that_came_as_a_file_is_loaded_under_no_name_of_others(pl
     assert place.docker.docker("image", "inspect", "--format", "{{.Id}}", "test/victim:1").stdout == before
     names = place.docker.docker("images", "--format", "{{.Repository}}").stdout.split()
     assert "localhost/studio-runner-loaded" in names
+
+
+async def test_images_that_came_as_files_go_when_no_run_has_used_them_for_a_day(place, tmp_path):
+    place.docker.docker("create", "--name", "made", GREETER, check=True)
+    place.docker.docker("commit", "made", "test/own:1", check=True)
+    archive = tmp_path / "image.tar"
+    place.docker.docker("save", "--output", str(archive), "test/own:1", check=True)
+    place.docker.docker("rm", "made", check=True)
+    place.docker.docker("rmi", "test/own:1", check=True)
+    name = docker_archive.name_of(archive)
+
+    def age() -> None:
+        os.utime(place.state_dir / "container-images" / name.rpartition(":")[2], (0, 0))
+
+    def is_there() -> bool:
+        return not place.docker.docker("image", "inspect", name).returncode
+
+    spec = place.spec("", filename=None, image=Image(engine="docker", file=archive))
+    async with place.executor.prepare(spec, place.log):
+        age()
+        await place.executor.tidy()
+        assert is_there()  # a run has it
+    place.docker.docker("create", "--name", "of-another", name, check=True)
+    age()
+    await place.executor.tidy()
+    assert is_there()  # somebody's container is of it
+    place.docker.docker("rm", "of-another", check=True)
+    await place.executor.tidy()
+    assert is_there()
+    age()
+    await place.executor.tidy()
+    assert not is_there()
+    assert not place.docker.docker("image", "inspect", GREETER).returncode
 
 
 async def test_requirement_lines_are_installed_by_the_images_pip_into_the_run(place):
