@@ -371,13 +371,10 @@ async def test_when_images_are_fetched_is_the_operators_choice(place):
 
 
 async def test_what_cannot_be_run_is_refused_without_fetching(place):
-    for reference in ("-v /:/host", "python"):
-        image = Image(engine="docker", reference=reference)
-        if reference == "python":
-            await place.executor().vet(image)
-        else:
-            with pytest.raises(errors.UnsupportedRequest, match="is not the name of a container image"):
-                await place.executor().vet(image)
+    with pytest.raises(errors.UnsupportedRequest, match="is not the name of a container image"):
+        await place.executor().vet(Image(engine="docker", reference="-v /:/host"))
+    image = Image(engine="docker", reference="python")
+    await place.executor(pull="never").vet(image)
     place.double.answer("image", "inspect", text="no such image", code=1)
     await place.executor().vet(image)  # it can be fetched
     with pytest.raises(errors.NoEngine, match="--container-pull=never"):
