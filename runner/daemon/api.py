@@ -63,6 +63,7 @@ class Api:
         self._dispatcher = dispatcher
         self._catalog = catalog
         self._dead_letters = dead_letters
+        self._sending: set[str] = set()  # ids of those that are being published anew
 
     def routes(self) -> list[BaseRoute]:
         """For `telemetry.http.HttpServer`."""
@@ -175,8 +176,20 @@ class Api:
     async def _requeue(self, request: Request) -> Response:
         try:
             entry = await asyncio.to_thread(self._dead_letters.find, request.path_params["id"])
-            body = await asyncio.to_thread(lambda: entry.original)
         except (errors.UsageError, OSError) as exc:
+            return _Json({"error": str(exc)}, status_code=404)
+        if entry.id in self._sending:
+            return _Json({"error": "it is being requeued already"}, status_code=409)
+        self._sending.add(entry.id)
+        try:
+            return await self._send(entry)
+        finally:
+            self._sending.discard(entry.id)
+
+    async def _send(self, entry: Entry) -> Response:
+        try:  # only now: whoever sent it before has removed it
+            body = await asyncio.to_thread(lambda: entry.original)
+        except OSError as exc:
             return _Json({"error": str(exc)}, status_code=404)
         try:
             ref, backend = self._home(entry)
