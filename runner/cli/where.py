@@ -9,6 +9,7 @@ from typing import Annotated, TypeAlias
 import typer
 
 from runner.client.api import Daemon
+from runner.daemon import lock
 
 WorkingDir: TypeAlias = Annotated[
     Path | None,
@@ -16,7 +17,11 @@ WorkingDir: TypeAlias = Annotated[
 ]
 StateDir: TypeAlias = Annotated[
     Path | None,
-    typer.Option(envvar="STATE_DIR", help="The daemon's --state-dir.", show_default="<working-dir>/state"),
+    typer.Option(
+        envvar="STATE_DIR",
+        help="The daemon's --state-dir.",
+        show_default="as the daemon took it, else <working-dir>/state",
+    ),
 ]
 Address: TypeAlias = Annotated[
     str, typer.Option(help="host:port of the daemon's HTTP port; without it the working directory tells.")
@@ -31,8 +36,11 @@ def working_directory(named: Path | None) -> Path:
 
 
 def state_directory(named: Path | None, working_dir: Path | None) -> Path:
-    """The state directory as `serve` takes it."""
-    return named.absolute() if named else working_directory(working_dir) / "state"
+    """The state directory as `serve` takes it; as the last daemon took it where these options do not say."""
+    if named:
+        return named.absolute()
+    working_dir = working_directory(working_dir)
+    return lock.state_of(working_dir) or working_dir / "state"
 
 
 def daemon(address: str, working_dir: Path | None, token: str | None) -> Daemon:

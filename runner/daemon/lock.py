@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import orjson
@@ -13,10 +14,10 @@ from runner import errors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 LOCK = "studio-runner.lock"
 ADDRESS = "studio-runner.json"
+STATE = "studio-runner.state"
 
 
 @contextlib.contextmanager
@@ -57,6 +58,27 @@ def held(directory: Path, option: str) -> Iterator[None]:
         os.close(file)
 
 
+@contextlib.contextmanager
+def state_held(working_dir: Path, state_dir: Path) -> Iterator[None]:
+    """Hold the state directory as well, and write down where it is, for those who ask when no daemon runs. Raises as `held`."""
+    with held(state_dir, "--state-dir"):
+        _write(working_dir / STATE, os.fsencode(state_dir.absolute()))
+        yield
+
+
+def state_of(working_dir: Path) -> Path | None:
+    """The state directory of the last daemon that worked there; None when none has told this user.
+
+    What another user has put there is not believed: the working directory may be `/tmp`.
+    """
+    try:
+        file = os.open(working_dir / STATE, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with open(file, "rb") as told:  # noqa: PTH123 - as it was opened
+            return Path(os.fsdecode(told.read())) if os.fstat(file).st_uid == os.geteuid() else None
+    except OSError:
+        return None
+
+
 def announce(working_dir: Path, address: tuple[str, int]) -> None:
     """Write down where this daemon answers, for clients on this machine."""
     host, port = address
@@ -64,8 +86,12 @@ def announce(working_dir: Path, address: tuple[str, int]) -> None:
     content = orjson.dumps(
         {"address": f"{host}:{port}", "pid": os.getpid()}, option=orjson.OPT_APPEND_NEWLINE
     )
-    partial = working_dir / f"{ADDRESS}.partial"
+    _write(working_dir / ADDRESS, content)
+
+
+def _write(path: Path, content: bytes) -> None:
+    partial = path.with_name(f"{path.name}.partial")
     partial.unlink(missing_ok=True)
     with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:  # noqa: PTH123 - a mode at birth
         file.write(content)
-    partial.replace(working_dir / ADDRESS)
+    partial.replace(path)

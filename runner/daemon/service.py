@@ -175,7 +175,7 @@ class Service:
         with self.stop.on_signals(), lock.sole_daemon(paths.working_dir):
             state_dir, runs_dir = self._directories(user)
             async with contextlib.AsyncExitStack() as stack:
-                stack.enter_context(lock.held(state_dir, "--state-dir"))
+                stack.enter_context(lock.state_held(paths.working_dir, state_dir))
                 ledger = Ledger(state_dir / "ledger.sqlite")
                 stack.callback(ledger.close)
                 states = runstate.RunStates(state_dir / "runs")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.server
 import json
+import os
 import threading
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ import pytest
 from runner import errors
 from runner.cli import dlq
 from runner.client.api import Away
+from runner.daemon import lock
 from runner.daemon.deadletters import DeadLetters
 from runner.queues.base import QueueRef
 
@@ -68,6 +70,23 @@ def test_whatever_a_message_says_is_shown_as_it_is_in_a_line_of_its_own(tmp_path
     shown = [line.rstrip().partition(" 0 ")[2].strip() for line in lines]
     assert shown == [*texts[:2], "[bold]two lines", "\ufffd]0;title\ufffd"]
     assert all("rmq_\ufffd[31mred" in line for line in lines)
+
+
+def test_the_working_directory_tells_where_the_state_directory_is_when_no_daemon_runs(
+    tmp_path, capsys, monkeypatch
+):
+    work, state = tmp_path / "work", tmp_path / "elsewhere"
+    work.mkdir()
+    name = letter(state, "rmq_a")
+    with lock.sole_daemon(work), lock.state_held(work, state):
+        pass
+    dlq.list_(working_dir=work)
+    assert name in capsys.readouterr().out
+    dlq.drop([name], working_dir=work)
+    assert not list(state.glob("dead-letter/*/*.json"))
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)  # it is another's
+    with pytest.raises(errors.UsageError, match=f"{work}/state is no daemon's"):
+        dlq.list_(working_dir=work)
 
 
 def test_one_that_cannot_be_sent_again_does_not_keep_the_others(tmp_path, capsys):
