@@ -6,6 +6,7 @@ import os
 import stat
 from typing import TYPE_CHECKING
 
+from runner.queues.absent import Absent
 from runner.queues.base import Existence
 from runner.queues.file_names import is_queue_name
 
@@ -25,6 +26,7 @@ class QueueRoot:
         self.path = path
         self.real = ""  #: its path without links, as of the last `discover`
         self._seen: dict[str, tuple[int, int]] = {}
+        self._absent: Absent[str] = Absent()
 
     def queue(self, name: str) -> Path:
         """The directory of a queue."""
@@ -35,7 +37,10 @@ class QueueRoot:
         identity = self._identity()
         with os.scandir(self.path) as entries:
             names = [e.name for e in entries if is_queue_name(e.name) and e.is_dir(follow_symlinks=False)]
-        self._seen = {**self._seen, **dict.fromkeys(names, identity)}
+        seen = {**self._seen, **dict.fromkeys(names, identity)}
+        # Only what is missing from its own root: of what another one had, nothing is known until that is back.
+        over = self._absent.over((name for name, root in seen.items() if root == identity), frozenset(names))
+        self._seen = {name: root for name, root in seen.items() if name not in over}
         self.real = str(self.path.resolve())
         return sorted(names)
 

@@ -19,6 +19,7 @@ from pika import exceptions
 
 from runner import config, errors
 from runner.queues import (
+    absent,
     base,
     rabbitmq_channels,
     rabbitmq_connection,
@@ -84,6 +85,7 @@ class RabbitmqBackend(base.QueueBackend):
         self._terms = lease
         self._owner = owner or f"{socket.gethostname()}-{secrets.token_hex(4)}"
         self._leases: dict[str, rabbitmq_leases.Leases] = {}
+        self._absent: absent.Absent[rabbitmq_places.Key] = absent.Absent()
         self._unknown: set[base.QueueRef] = set()  # the next list of all queues tells of these
         self._learning: set[asyncio.Task[None]] = set()
         self._learners = asyncio.Semaphore(LEARNING_AT_ONCE)
@@ -118,9 +120,9 @@ class RabbitmqBackend(base.QueueBackend):
 
     async def discover(self) -> list[base.QueueInfo]:
         """As the contract says: one `GET /api/bindings` for all vhosts and queues. The depth is not told."""
-        return [
-            base.QueueInfo(ref=self._ref(vhost, name)) for vhost, name in await self._management.work_queues()
-        ]
+        listed = await self._management.work_queues()
+        self._forget(frozenset(listed))
+        return [base.QueueInfo(ref=self._ref(vhost, name)) for vhost, name in listed]
 
     async def consumer(self, queue: base.QueueRef) -> rabbitmq_consumer.RabbitmqConsumer:
         """As the contract says; it gets a channel of its own at its first `next`, or when its queue has messages."""
@@ -290,6 +292,18 @@ class RabbitmqBackend(base.QueueBackend):
             if (one := listed.get(self._key(queue))) is not None and one.facts is not None:
                 self._learnt(queue, one.facts)
         return {key: one.ready for key, one in listed.items()}
+
+    def _forget(self, listed: frozenset[rabbitmq_places.Key]) -> None:
+        """What is known of queues that have not been listed for long."""
+        seen = ((vhost, name) for vhost, link in self._consuming.items() for name in link.seen.copy())
+        if over := self._absent.over({*map(self._key, self._durable), *self._quorum, *seen}, listed):
+            self._durable = {
+                queue: is_ for queue, is_ in self._durable.items() if self._key(queue) not in over
+            }
+            self._quorum -= over
+            for vhost, name in over:
+                if (link := self._consuming.get(vhost)) is not None:
+                    self._lane.post(link.seen.pop, name, None)
 
     def _key(self, queue: base.QueueRef) -> rabbitmq_places.Key:
         return queue.vhost or self._parameters.virtual_host, queue.name

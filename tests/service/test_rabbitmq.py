@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from runner import errors
-from runner.queues import base, rabbitmq_connection
+from runner.queues import absent, base, rabbitmq_connection
 from tests.service.rabbitmq_kit import (
     CAPTURED,
     LIMIT,
@@ -309,6 +309,30 @@ async def test_a_queue_made_anew_as_transient_is_no_longer_known_as_durable(
             await take(consumer)
         assert await one.existence(queue) is base.Existence.HERE
         await until(lambda: one._durable.get(queue) is False)
+
+
+async def test_what_is_known_of_a_queue_is_forgotten_when_it_has_not_been_listed_for_a_day(
+    backend: RabbitmqBackend, rabbitmq: RabbitmqServer, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there, deleted = ref(backend, f"{name}_a"), ref(backend, f"{name}_b")
+    for queue in (there, deleted):
+        rabbitmq.declare(queue.name, durable=True, arguments={"x-queue-type": "quorum"})
+        assert await backend.existence(queue) is base.Existence.HERE
+    rabbitmq.delete(deleted.name)
+
+    async def discover() -> None:
+        listed = {info.ref for info in await backend.discover()} & {there, deleted}
+        assert listed == {there}
+
+    await discover()
+    assert await backend.existence(deleted) is base.Existence.GONE
+    monkeypatch.setattr(absent, "FORGET_SECS", 0.0)
+    await discover()
+    assert await backend.existence(deleted) is base.Existence.UNKNOWN
+    assert set(backend._durable) == {there}
+    assert {key for _, key in backend._quorum} == {there.name}
+    rabbitmq.delete(there.name)
+    assert await backend.existence(there) is base.Existence.GONE
 
 
 async def test_the_runner_declares_nothing(
