@@ -50,10 +50,14 @@ def machine(config: Config) -> list[Finding]:
         "disk_bytes": total.hdd_bytes,
         "disk_free_bytes": free,
     }
+    wanted = config.machine.max_mem_bytes
+    short = total.ram_bytes < wanted
+    less = f", --max-mem allows {units.format_bytes(wanted)}: the rest is in use now" if short else ""
     machine = Finding(
         subject="machine",
-        verdict="ok",
-        text=f"{total.cpus} cores and {units.format_bytes(total.ram_bytes)} of memory may be given to experiments",
+        verdict="warning" if short else "ok",
+        text=f"{total.cpus} cores and {units.format_bytes(total.ram_bytes)} of memory may be given to experiments{less}",
+        advice="runs of a daemon use it, or others do" if short else "",
         facts=facts,
     )
     used = shutil.disk_usage(volume)

@@ -92,6 +92,9 @@ class Accounts:
         patterns = (account.match, account.mismatch) if isinstance(account, Rabbitmq) else (None, None)
         self._catalog.add(backend, match=patterns[0], mismatch=patterns[1])
         log.info("account added", account=account.label, kind=backend.kind)
+        same = [label for label, each in self._open.items() if each.identity == backend.identity != ""]
+        if len(same) > 1:
+            log.info("accounts of one broker: what both see is one queue, and runs once", accounts=same)
 
     def _made(self, account: Account) -> QueueBackend:
         assert self._backend is not None, "directories of credentials need backends"

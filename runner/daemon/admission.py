@@ -68,7 +68,7 @@ class Admission:
         """Whether a run in progress had lost that message, and has it again. Nothing else is taken."""
         twins = self._runs.find(state, delivery.digest)
         lost = any(active.delivery.lost.is_set() for active in twins)
-        return delivery.redelivered and lost and await self._runs.adopt(twins, delivery)
+        return delivery.redelivered and lost and await self._runs.adopt(twins, state, delivery)
 
     async def release(self, delivery: Delivery) -> None:
         """Put back what no run has adopted."""
@@ -177,7 +177,7 @@ class Admission:
     async def _known(self, state: QueueState, delivery: Delivery) -> bool:
         """Whether a redelivery is of what runs or has finished here; then it is dealt with (DESIGN.md 5.3)."""
         twins = self._runs.find(state, delivery.digest)
-        if twins and await self._runs.adopt(twins, delivery):
+        if twins and await self._runs.adopt(twins, state, delivery):
             return True
         if self._ledger.finished(state.ledger_key, delivery.digest):
             log.info(

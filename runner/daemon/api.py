@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import hashlib
 import sys
 import time
@@ -30,9 +31,10 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.routing import BaseRoute
 
-    from runner.daemon.deadletters import DeadLetters
+    from runner.daemon.deadletters import DeadLetters, Entry
     from runner.daemon.dispatch import Dispatcher
     from runner.daemon.runs import Active, Runs
+    from runner.queues.base import QueueBackend, QueueRef
     from runner.queues.catalog import Catalog
 
 #: At the most so much of the output in one answer; the client asks again.
@@ -176,21 +178,30 @@ class Api:
             body = await asyncio.to_thread(lambda: entry.original)
         except (errors.UsageError, OSError) as exc:
             return _Json({"error": str(exc)}, status_code=404)
-        backend = self._catalog.backend(entry.ref.account)
-        if backend is None:
-            return _Json(
-                {"error": f"the account {entry.ref.account} is not configured here"}, status_code=409
-            )
         try:
+            ref, backend = self._home(entry)
             # Known as finished, it would be acknowledged on sight where it comes marked: another host may have put it back.
-            state = QueueState(ref=entry.ref, backend=backend)
+            state = QueueState(ref=ref, backend=backend)
             self._runs.published_anew(state, hashlib.sha256(body).hexdigest())
-            await backend.publish(entry.ref, body)
-        except OSError as exc:
-            return _Json({"error": str(exc)}, status_code=503)
+            await backend.publish(ref, body)
+        except (OSError, errors.QueueUnavailable) as exc:
+            return _Json({"error": redact.redact_text(str(exc))}, status_code=503)
+        except errors.UsageError as exc:
+            return _Json({"error": str(exc)}, status_code=409)
         except QueueGone:
             return _Json({"error": f"the queue {entry.ref} does not exist any more"}, status_code=409)
-        except errors.QueueUnavailable as exc:
-            return _Json({"error": redact.redact_text(str(exc))}, status_code=503)
         await asyncio.to_thread(self._dead_letters.drop, entry)
         return _Json({"requeued": entry.id, "queue": str(entry.ref)})
+
+    def _home(self, entry: Entry) -> tuple[QueueRef, QueueBackend]:
+        """The queue that it came from, by an account of that broker, whatever that is called now.
+
+        Raises errors.UsageError when there is none, errors.QueueUnavailable when it is not known yet.
+        """
+        account, identity = entry.ref.account, entry.document.get("identity")
+        backend = self._catalog.backend_of(str(identity)) or self._catalog.backend(account)
+        if backend is None or backend.identity not in {identity or backend.identity, ""}:
+            raise errors.UsageError(f"the account {account} is not configured here")
+        if not backend.identity:
+            raise errors.QueueUnavailable(f"{backend.account} has not been asked for its queues yet")
+        return dataclasses.replace(entry.ref, account=backend.account), backend

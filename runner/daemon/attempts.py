@@ -70,8 +70,11 @@ class Ledger:
                 f"{path}: cannot be used as the attempt ledger: {exc}; move it away to start a new one"
             ) from exc
         self._pruned = 0.0
+        self._queues: set[str] = set()
         with _noted():
             self._prune()
+            known = self._db.execute("SELECT queue FROM attempts UNION SELECT queue FROM finished")
+            self._queues = {queue for (queue,) in known}
 
     def close(self) -> None:
         """Close the file."""
@@ -148,6 +151,20 @@ class Ledger:
         if self.finished(queue, digest):
             with _translated():
                 self._db.execute("DELETE FROM finished WHERE queue=? AND digest=?", (queue, digest))
+
+    def renamed(self, old: str, new: str) -> None:
+        """What an older version, or one of before this start, has written down of queue `old` is of queue `new`. Cheap when that is nothing."""
+        if old not in self._queues or old == new:
+            return
+        self._queues.discard(old)
+        with _noted(), self._transaction():
+            self._db.execute(
+                "INSERT INTO attempts SELECT ?, digest, count, reason, text, time FROM attempts WHERE queue=? ON CONFLICT "
+                "(queue, digest) DO UPDATE SET count=max(count, excluded.count)",
+                (new, old),
+            )
+            self._db.execute("UPDATE OR REPLACE finished SET queue=? WHERE queue=?", (new, old))
+            self._db.execute("DELETE FROM attempts WHERE queue=?", (old,))
 
     def _note(self, statement: str, values: tuple[object, ...]) -> None:
         with _noted():

@@ -36,6 +36,7 @@ class DeadLetter:
     queue: str
     account: str
     vhost: str = ""
+    identity: str | None = None  #: of the account's backend: by what that is called it may not be found again
     reason: str
     text: str
     attempts: int
@@ -95,6 +96,7 @@ class DeadLetters:
         text: str,
         attempts: int,
         results: Path | None = None,
+        identity: str = "",
     ) -> Path:
         """Write it down, durably, before the message is acknowledged; the path of the readable file. Blocking.
 
@@ -106,6 +108,7 @@ class DeadLetters:
             queue=str(queue),
             account=queue.account,
             vhost=queue.vhost,
+            identity=identity or None,
             reason=reason,
             text=redact.redact_text(text),
             attempts=attempts,

@@ -100,14 +100,23 @@ class Dispatcher:
         self._gates.notify()
 
     def _changed(self, state: QueueState) -> None:
-        self._gates.changed(state, needs_room=not self._returns(state) and not self._orphaned(state))
+        orphaned = self._runs.orphaned(state)
+        self._gates.changed(state, needs_room=not self._returns(state) and not orphaned)
+        if orphaned:
+            for other in self._queues.values():  # the message may come by another account
+                if other is not state and other.ledger_key == state.ledger_key:
+                    self._gates.changed(other, needs_room=False)
 
     def serve(self, ref: QueueRef, backend: QueueBackend) -> None:
         """A queue was discovered: take work from it."""
         if self._draining or ref in self._workers:
             return
-        state = self._queues.setdefault(ref, QueueState(ref=ref, backend=backend, on_change=self._changed))
-        state.backend = backend
+        state = QueueState(ref=ref, backend=backend, on_change=self._changed)
+        if (known := self._queues.get(ref)) is not None and known.ledger_key == state.ledger_key:
+            known.backend, state = backend, known
+        else:  # or the account's file names another broker now
+            self._queues[ref] = state
+            self._runs.know(state)
         before = [worker for worker, its in self._leaving.items() if its == ref]
         self._workers[ref] = asyncio.create_task(self._work(state, before), name=f"queue {ref}")
 
@@ -138,8 +147,9 @@ class Dispatcher:
         if workers:
             await asyncio.wait(workers)
         if not again:
+            running = {active.state.queue for active in self._runs}
             for state in self._queues.values():
-                if state.running:
+                if state.ledger_key in running:
                     self._workers[state.ref] = asyncio.create_task(
                         self._await_returns(state), name=f"return {state.ref}"
                     )
@@ -175,7 +185,7 @@ class Dispatcher:
 
     def _forbidden(self, state: QueueState) -> str:
         if self._draining:
-            return "" if self._orphaned(state) else "the runner is draining"
+            return "" if self._runs.orphaned(state) else "the runner is draining"
         if self._runs.exhausted:
             return "the limit of tasks is reached"
         if state.endpoint:
@@ -191,7 +201,7 @@ class Dispatcher:
         return ""
 
     def _no_room(self, state: QueueState) -> str:
-        if self._orphaned(state):
+        if self._runs.orphaned(state):
             return ""  # its message is on its way back, and needs no room
         if why := self._allocator.closed():
             return why
@@ -222,9 +232,6 @@ class Dispatcher:
     def _returns(self, state: QueueState) -> bool:
         """Whether something that was parked has to be put back."""
         return any(parked.over for parked in state.parked)
-
-    def _orphaned(self, state: QueueState) -> bool:
-        return state.running > 0 and self._runs.orphaned(state)
 
     def _lacks(self, asking: Asking) -> bool:
         """Whether there is no room for queues that asked for that last."""
@@ -289,14 +296,15 @@ class Dispatcher:
     async def _consume(self, state: QueueState) -> None:
         consumer = state.consumer = await state.backend.consumer(state.ref)
         try:
-            for body in self._left_behind.pop(state.ledger_key, ()):
+            older = self._left_behind.pop(state.older_key, ())
+            for body in (*older, *self._left_behind.pop(state.ledger_key, ())):
                 await self._opened(state)
                 if (delivery := await state.backend.reclaim(state.ref, body)) is not None:
                     await self._admission.admit(state, delivery)
             while True:
                 await self._opened(state)
                 await self._admission.give_back(state)
-                if state.waits_for_room and not self._orphaned(state):
+                if state.waits_for_room and not self._runs.orphaned(state):
                     await self._take_into_room(state, consumer)
                 elif (
                     not self.closed_because(state)
@@ -326,7 +334,7 @@ class Dispatcher:
         others: list[Delivery] = []
         try:
             async with asyncio.timeout(None) as limit:
-                while self._orphaned(state) and len(others) <= MAX_PARKED:
+                while self._runs.orphaned(state) and len(others) <= MAX_PARKED:
                     delivery = await self._next(state, consumer)
                     if delivery is None:
                         continue
@@ -341,7 +349,7 @@ class Dispatcher:
             await consumer.close()  # first, or they would come at once
             for delivery in others:
                 await self._admission.release(delivery)
-        return not self._orphaned(state)
+        return not self._runs.orphaned(state)
 
     async def _take_into_room(self, state: QueueState, consumer: Consumer) -> None:
         """Wait for the room that a message needs that was put back for want of it; then ask for the message."""

@@ -99,9 +99,13 @@ class QueueState:
     _used: float = 0.0
     _used_at: float = dataclasses.field(default_factory=time.monotonic)
 
+    def __post_init__(self) -> None:
+        #: Its name in the ledger and in run states: the same after a restart, and by whatever account it is seen.
+        self.ledger_key = f"{self.backend.identity}/{self.ref.vhost}/{self.ref.name}"
+
     @property
-    def ledger_key(self) -> str:
-        """Its name in the ledger and in run states: unique over all accounts, the same after a restart."""
+    def older_key(self) -> str:
+        """What it was called there when that hung on the account's label."""
         return f"{self.ref.account}/{self.ref.vhost}/{self.ref.name}"
 
     @property

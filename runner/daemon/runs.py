@@ -73,6 +73,15 @@ class Active:
         """Unix time."""
         return self.state.started
 
+    def move(self, queue: QueueState, delivery: Delivery) -> None:
+        """Its message is that delivery from now on, which may have come by another account of the same queue."""
+        before, self.queue = self.queue, queue
+        before.running, queue.running = before.running - 1, queue.running + 1
+        if self.allocation is not None:
+            before.holding, queue.holding = before.holding - 1, queue.holding + 1
+        self.delivery, self.backend = delivery, queue.backend
+        before.changed()
+
     def release(self) -> None:
         """Give its part of the machine back. Idempotent."""
         if self.allocation is not None:
@@ -146,10 +155,22 @@ class Runs:
         return max((twin.attempt for twin in twins), default=0) + len(twins) - 1 if twins else 0
 
     def orphaned(self, queue: QueueState) -> bool:
-        """Whether a run of that queue has lost its message, which is on its way back: it should come here."""
+        """Whether a run of that queue, by whatever account, has lost its message, which is on its way back: it should come here."""
         return any(
-            active.queue is queue and active.delivery.lost.is_set() and not active.settling for active in self
+            active.delivery.lost.is_set() and not active.settling and active.state.queue == queue.ledger_key
+            for active in self
         )
+
+    def know(self, queue: QueueState) -> None:
+        """A queue is served: what was written down of it under the name that older versions had for it, is its own."""
+        old, new = queue.older_key, queue.ledger_key
+        self._ledger.renamed(old, new)
+        self._shared |= {(new, digest) for name, digest in self._shared if name == old}
+        for number, state in enumerate(self._undelivered):
+            if state.queue == old:
+                self._undelivered[number] = dataclasses.replace(state, queue=new)
+                with contextlib.suppress(OSError):  # then the next daemon finds it as this one has
+                    self._states.save(self._undelivered[number])
 
     def waiting(self, queue: QueueState) -> int:
         """How many runs of that queue are over and wait for their storage, without a part of the machine."""
@@ -273,14 +294,14 @@ class Runs:
         self._tools.metrics.experiment_started(_labels(active), wait_secs=waited)
         active.task = asyncio.create_task(self._run(active), name=f"run {active.state.run_id}")
 
-    async def adopt(self, twins: list[Active], delivery: Delivery) -> bool:
+    async def adopt(self, twins: list[Active], queue: QueueState, delivery: Delivery) -> bool:
         """A message that runs here was delivered again: it is the run's own from now on, unless the run still holds the first.
 
         DESIGN.md 5.3: only a second copy is acknowledged at once. False: it may be another message of the same bytes.
         """
         for active in twins:
             if active.delivery.lost.is_set():
-                active.delivery, active.backend = delivery, active.queue.backend
+                active.move(queue, delivery)
                 log.info(
                     "adopted the redelivered message of a run in progress",
                     queue=str(delivery.queue),

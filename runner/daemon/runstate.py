@@ -35,7 +35,7 @@ class RunState:
 
     run_id: str
     root: Path  #: its directory
-    queue: str  #: `account/name`, the ledger's key
+    queue: str  #: `QueueState.ledger_key`
     digest: str
     second: int  #: the start second in its metadata objects' names
     started: float  #: unix time

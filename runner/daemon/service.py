@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING
 import structlog
 from prometheus_client import CollectorRegistry
 
-from runner import __version__, errors
-from runner.daemon import lock, reading, runstate
+from runner import __version__, errors, units
+from runner.daemon import lock, memoryroom, reading, runstate
 from runner.daemon.accounts import Accounts
 from runner.daemon.api import Api
 from runner.daemon.attempts import Ledger
@@ -71,6 +71,8 @@ log = structlog.get_logger(__name__)
 THREADS = 32
 #: How long a forced stop waits for runs to let go.
 FORCE_SECS = 8.0
+#: How often it is looked for what is kept for later runs and none has used for long.
+TIDY_SECS = 3600.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,6 +145,13 @@ async def _cards_in_use(gpus: GpuWatch, uuids: Sequence[str], pids: Sequence[int
         memory_bytes=sum(memory) if len(memory) == len(told) else None,
         utilization=sum(rates) if len(rates) == len(told) else None,
     )
+
+
+async def _tidying(executor: Executor) -> None:
+    """For ever."""
+    while True:
+        await executor.tidy()
+        await asyncio.sleep(TIDY_SECS)
 
 
 class Service:
@@ -244,8 +253,12 @@ class Service:
         return {
             "gpus": tools.gpus.run(),
             "leftovers": tools.executor.reap(),
+            "memory": memoryroom.follow(
+                tools.allocator, lambda: probe.memory_available(self._config.machine)
+            ),
             "reading": reading.prepare(),
             "sampler": tools.sampler.run(),
+            "tidying": _tidying(tools.executor),
             "watchdog": self._notifier.watchdog(),
         }
 
@@ -290,9 +303,14 @@ class Service:
     async def _tools(self, spawner: Spawner, groups: cgroups.Groups | None, user: User | None) -> Tools:
         volume = self._config.paths.working_dir
         gpus = await self._gpus()
-        allocator = Allocator(
-            probe.machine(self._config.machine, volume), lambda: probe.disk_free(volume), gpus.pool
-        )
+        machine = probe.machine(self._config.machine, volume)
+        if machine.ram_bytes < self._config.machine.max_mem_bytes:
+            log.warning(
+                "less memory than --max-mem is available now; more is given away when it is",
+                max_mem=units.format_bytes(self._config.machine.max_mem_bytes),
+                available=units.format_bytes(machine.ram_bytes),
+            )
+        allocator = Allocator(machine, lambda: probe.disk_free(volume), gpus.pool)
         gpus.changed = allocator.reconsider
         allocator.on_change(gpus.wake)
         self._metrics.watch_free(lambda: _free(allocator))

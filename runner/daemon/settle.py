@@ -179,6 +179,7 @@ class Settler:
                 text=text,
                 attempts=attempts,
                 results=results,
+                identity=queue.backend.identity,
             )
         except OSError as exc:
             wait = queue.back_off(f"a dead letter cannot be written: {exc}", at_least_secs=60)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from runner.process.base import ProcessExit
+    from runner.resources.usage import First
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,6 +74,9 @@ class Prepared:
     as_daemon: bool = False
     #: Where the program is only a client of what really ran: what became of that, asked once, when the program has ended.
     verdict: Callable[[ProcessExit], Awaitable[ProcessExit]] | None = None
+    #: ... and where it really runs: its first process, if that is one of this host; None: not yet, or elsewhere. To be asked
+    #: while the program runs, seldom: it costs a process. Limited in time; never raises but for cancellation.
+    first: Callable[[], Awaitable[First | None]] | None = None
 
 
 class Executor(abc.ABC):
@@ -90,10 +94,23 @@ class Executor(abc.ABC):
     def check(self, engine: str | None) -> None:  # noqa: B027 - an executor of one kind has nothing to choose
         """Raises `errors.NoEngine` when this host runs nothing in images of that engine (`Image.engine`). Cheap; None: on the host."""
 
+    async def vet(self, image: Image) -> None:  # noqa: B027 - an executor of one kind has no images
+        """Refuse an image that `prepare` would refuse, as far as that can be told before inputs are fetched.
+
+        Of `image.file`, which need not be there yet, only the name counts. Raises `errors.UnsupportedRequest` (not trusted, or
+        no image's name), `errors.NoEngine` (not here), `errors.Unreachable` (the engine is away); else as `prepare` would.
+        """
+
     async def reap(self) -> None:  # noqa: B027 - most leave nothing
         """Remove what runs of an earlier daemon left outside of their processes. Called once, beside the first runs.
 
         Limited in time; never raises but for cancellation: what cannot be removed is told in the log.
+        """
+
+    async def tidy(self) -> None:  # noqa: B027 - most keep within a quota of their own
+        """Remove what is kept for later runs and none has used for long. Called now and then, beside runs; delays none.
+
+        Limited in time; never raises but for cancellation.
         """
 
     async def make_room(self, bytes_needed: int) -> int:

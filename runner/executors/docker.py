@@ -24,6 +24,8 @@ from runner.executors import builders, docker_args, docker_engine, program
 from runner.executors.base import Executor, Prepared
 from runner.executors.docker_container import Building
 from runner.executors.docker_images import Images, reference
+from runner.executors.docker_loaded import Loaded
+from runner.resources import probe, usage
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
     from runner.config import Containers
     from runner.executors import docker_python
-    from runner.executors.base import RunSpec
+    from runner.executors.base import Image, RunSpec
     from runner.executors.docker_engine import Engine
     from runner.executors.docker_images import EngineImage
     from runner.process.base import ProcessExit
@@ -75,6 +77,7 @@ class DockerExecutor(Executor):
         self._live: set[str] = set()  # names of containers that runs of this daemon own
         self._swept = False
         self._sweeping = asyncio.Lock()
+        self._loaded = Loaded(state_dir / "container-images")
         self._pythons: dict[tuple[str, str], docker_python.ImagePython] = {}
 
     # -- what others call
@@ -82,6 +85,10 @@ class DockerExecutor(Executor):
     def check(self, engine: str | None) -> None:  # noqa: ARG002 - there is one kind here
         """See `Executor.check`."""
         self._engine()
+
+    async def vet(self, image: Image) -> None:
+        """See `Executor.vet`. Asks the engine."""
+        await Images(self._engine(), self._config.pull).vet(image)
 
     @contextlib.asynccontextmanager
     async def prepare(self, spec: RunSpec, log: Path) -> AsyncIterator[Prepared]:
@@ -91,28 +98,38 @@ class DockerExecutor(Executor):
         if spec.image is not None and spec.image.file is None:
             reference(spec.image.reference)  # refused before anything is asked
         await self._sweep(engine)
-        images = Images(engine, self._config.pull)
-        image = await images.ready(spec, log)
-        place = docker_args.Place(
-            traits=await engine.traits(),
-            is_podman=engine.is_podman,
-            network=self._config.network,
-            label=await asyncio.to_thread(self._label),
-        )
-        building = Building(engine, place, spec, image, log, self.named)
-        python = None if spec.filename is None else await self._python(building)
-        overlay, warnings = await building.overlay(python)
-        async with self.named(engine, spec, "run") as name:
-            command = await building.command(name, python, arguments, has_overlay=overlay)
-            yield Prepared(
-                argv=engine.argv("run", *command),
-                as_daemon=True,
-                env=engine.env,
-                facts=_facts(engine, image, python, (*warnings, *docker_args.unlimited(spec.limits, place))),
-                # Ended, not removed: how it ended is still to be asked.
-                cleanup=engine.argv("kill", name),
-                verdict=lambda ended: self._verdict(engine, name, command, spec, ended),
+        async with contextlib.AsyncExitStack() as held:
+            image = await Images(engine, self._config.pull).ready(
+                spec, log, lambda name: held.enter_async_context(self._loaded.used(name))
             )
+            place = docker_args.Place(
+                traits=await engine.traits(),
+                is_podman=engine.is_podman,
+                network=self._config.network,
+                label=await asyncio.to_thread(self._label),
+            )
+            building = Building(engine, place, spec, image, log, self.named)
+            python = None if spec.filename is None else await self._python(building)
+            overlay, warnings = await building.overlay(python)
+            async with self.named(engine, spec, "run") as name:
+                command = await building.command(name, python, arguments, has_overlay=overlay)
+                yield Prepared(
+                    argv=engine.argv("run", *command),
+                    as_daemon=True,
+                    env=engine.env,
+                    facts=_facts(
+                        engine, image, python, (*warnings, *docker_args.unlimited(spec.limits, place))
+                    ),
+                    # Ended, not removed: how it ended is still to be asked.
+                    cleanup=engine.argv("kill", name),
+                    verdict=lambda ended: self._verdict(engine, name, command, spec, ended),
+                    first=lambda: self._first(engine, name, spec),
+                )
+
+    async def tidy(self) -> None:
+        """See `Executor.tidy`: of images that came as files. Others are not ours to remove."""
+        with contextlib.suppress(errors.NoEngine):
+            await self._loaded.tidy(self._engine())
 
     async def reap(self) -> None:
         """See `Executor.reap`."""
@@ -214,6 +231,17 @@ class DockerExecutor(Executor):
             self._pythons[known] = (fits or found)[0]
         return self._pythons[known]
 
+    # -- where it runs
+
+    async def _first(self, engine: Engine, name: str, spec: RunSpec) -> usage.First | None:
+        """See `Prepared.first`."""
+        try:
+            answer = await engine.ask("container", "inspect", "--format", "{{.State.Pid}}", name)
+        except (errors.RunnerError, OSError) as exc:
+            log.debug("it is not known where a container runs", container=name, error=str(exc))
+            return None
+        return await asyncio.to_thread(_first_here, answer.text, spec.env.get("STUDIOML_HOME"))
+
     # -- how it ended
 
     async def _verdict(
@@ -303,6 +331,18 @@ class DockerExecutor(Executor):
             except errors.Unreachable:
                 return True
         return False
+
+
+def _first_here(said: str, home: str | None) -> usage.First | None:
+    """The process of that number, if it is the run's. Blocking.
+
+    Where the engine is on another host, or counts processes otherwise, the number is somebody else's here, or nobody's.
+    """
+    found = re.search(r"^[1-9][0-9]{0,9}$", said, re.MULTILINE)
+    if found is None or home is None:
+        return None
+    first = usage.first(int(found[0]))
+    return first if probe.environment(int(found[0])).get("STUDIOML_HOME") == home else None
 
 
 def _not_made(text: str) -> errors.RunnerError:

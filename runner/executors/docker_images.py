@@ -16,7 +16,9 @@ from runner import errors
 from runner.executors import docker_archive
 
 if TYPE_CHECKING:
-    from runner.executors.base import RunSpec
+    from collections.abc import Awaitable, Callable
+
+    from runner.executors.base import Image, RunSpec
     from runner.executors.docker_engine import Answer, Engine
 
 log = structlog.get_logger(__name__)
@@ -77,23 +79,23 @@ class Images:
         self._engine = engine
         self._pull = pull
 
-    async def ready(self, spec: RunSpec, output: Path) -> EngineImage:
+    async def ready(self, spec: RunSpec, output: Path, hold: Callable[[str], Awaitable[None]]) -> EngineImage:
         """The image of that run; fetched if need be, in an hour at the most. What the engine says goes to `output`.
 
+        `hold` is given the name of one that comes as a file before it is looked for: nobody may remove it any more.
         Raises errors.UnsupportedRequest (there is no such image), errors.ArchiveRefused, errors.NoEngine (it may not be
         fetched), errors.Unreachable (engine or registry), errors.EnvironmentFailed (anything else).
         """
         assert spec.image is not None
         if spec.image.file is not None:
-            return await self._loaded(spec.image.file, spec, output)
+            name = await asyncio.to_thread(docker_archive.name_of, spec.image.file)
+            await hold(name)
+            return await self._loaded(spec.image.file, name, spec, output)
         name = reference(spec.image.reference)
         found = None if self._pull == "always" else await self._inspect(name)
         if found is not None:
             return found
-        if self._pull == "never":
-            raise errors.NoEngine(
-                f"the image {name} is not on this host, and --container-pull=never: fetch it by hand"
-            )
+        self._may_fetch(name)
         if self._engine.is_podman:
             name = _with_server(name)
         log.info("fetching a container image", image=name)
@@ -102,8 +104,22 @@ class Images:
             raise _pull_failure(name, answer)
         return await self._inspected(name)
 
-    async def _loaded(self, file: Path, spec: RunSpec, output: Path) -> EngineImage:
-        name = await asyncio.to_thread(docker_archive.name_of, file)
+    async def vet(self, image: Image) -> None:
+        """Raises what `ready` would without fetching anything: errors.UnsupportedRequest, errors.NoEngine, errors.Unreachable."""
+        if image.file is not None:
+            await self._engine.ask("version", "--format", "{{.Server.Version}}")  # whether it is there
+            return
+        name = reference(image.reference)
+        if await self._inspect(name) is None:
+            self._may_fetch(name)
+
+    def _may_fetch(self, name: str) -> None:
+        if self._pull == "never":
+            raise errors.NoEngine(
+                f"the image {name} is not on this host, and --container-pull=never: fetch it by hand"
+            )
+
+    async def _loaded(self, file: Path, name: str, spec: RunSpec, output: Path) -> EngineImage:
         if (found := await self._inspect(name)) is not None:
             return found
         with tempfile.TemporaryDirectory(dir=output.parent, prefix="image-") as scratch:

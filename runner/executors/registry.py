@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
-    from runner.executors.base import Prepared, RunSpec
+    from runner.executors.base import Image, Prepared, RunSpec
 
 #: What an operator has to do to get what is not there.
 _TO_DO = {
@@ -45,10 +45,19 @@ class Later(Executor):
         """See `Executor.check`."""
         self._made.check(engine)
 
+    async def vet(self, image: Image) -> None:
+        """See `Executor.vet`."""
+        await self._made.vet(image)
+
     async def reap(self) -> None:
         """See `Executor.reap`."""
         if self._trace.exists():
             await self._made.reap()
+
+    async def tidy(self) -> None:
+        """See `Executor.tidy`."""
+        if self._trace.exists():
+            await self._made.tidy()
 
     async def make_room(self, bytes_needed: int) -> int:
         """See `Executor.make_room`."""
@@ -73,9 +82,17 @@ class Executors(Executor):
         """See `Executor.check`."""
         self._executor(engine).check(engine)
 
+    async def vet(self, image: Image) -> None:
+        """See `Executor.vet`."""
+        await self._executor(image.engine).vet(image)
+
     async def reap(self) -> None:
         """See `Executor.reap`."""
         await asyncio.gather(*(executor.reap() for executor in self._present))
+
+    async def tidy(self) -> None:
+        """See `Executor.tidy`."""
+        await asyncio.gather(*(executor.tidy() for executor in self._present))
 
     async def make_room(self, bytes_needed: int) -> int:
         """See `Executor.make_room`: one after the other, until it is enough."""

@@ -80,6 +80,11 @@ class SingularityExecutor(Executor):
         """Raises errors.NoEngine when this host has no engine. Cheap."""
         self._engine()
 
+    async def vet(self, image: Image) -> None:
+        """See `Executor.vet`. No I/O."""
+        self._engine()
+        self._trusted(image)
+
     async def make_room(self, bytes_needed: int) -> int:
         """See `Executor.make_room`: images that no run uses."""
         return await self.cache.evict(bytes_needed)
@@ -101,16 +106,24 @@ class SingularityExecutor(Executor):
 
     @contextlib.asynccontextmanager
     async def _image(self, image: Image, log: Path) -> AsyncIterator[_Image]:
+        reference = self._trusted(image)
+        if reference is not None:
+            async with self.cache.lease(reference, log) as lease:
+                yield _Image.of(lease)
+            return
+        assert image.file is not None
+        if not await asyncio.to_thread(engines.is_image, image.file):
+            raise errors.UnsupportedRequest(f"{image.file.name} is no SIF or squashfs image")
+        yield _Image(path=image.file, cached=False)
+
+    def _trusted(self, image: Image) -> imageref.Reference | None:
+        """What it refers to; None: it is a file. Raises errors.UnsupportedRequest unless the operator allows it."""
         if image.file is not None:
             self._allowed.check_file(image.file.name)
-            if not await asyncio.to_thread(engines.is_image, image.file):
-                raise errors.UnsupportedRequest(f"{image.file.name} is no SIF or squashfs image")
-            yield _Image(path=image.file, cached=False)
-            return
+            return None
         reference = imageref.parse(image.reference)
         self._allowed.check(reference)
-        async with self.cache.lease(reference, log) as lease:
-            yield _Image.of(lease)
+        return reference
 
     async def _fetch(self, reference: imageref.Reference, target: Path, log_file: Path) -> None:
         await self._builder.fetch(self._engine(), reference, target, log_file)

@@ -100,6 +100,11 @@ class Artifacts:
         """Where an artifact is; None when the message does not say."""
         return self._locations.get(tag)
 
+    def file_name(self, tag: str) -> str:
+        """What an artifact's file is called when it is staged as it is, not unpacked."""
+        location = self.location(tag)
+        return _basename(location, tag) if location is not None else tag
+
     def addresses(self) -> dict[str, str]:
         """`{tag: URI}`, without credentials."""
         return {tag: location.uri for tag, location in self._locations.items()}
@@ -222,7 +227,7 @@ class Artifacts:
                 directory,
                 # What the message asked for; a disk that is full says so itself, and is not the message's fault.
                 limits=archive.UnpackLimits(total_bytes=self._request.resources.hdd_bytes or sys.maxsize),
-                name_if_file=_basename(location, artifact),
+                name_if_file=_basename(location, artifact.tag),
                 want=artifact.unpack,
                 cancelled=self._cancelled,
             )
@@ -321,9 +326,9 @@ def _not_before(artifact: Artifact, request: Request) -> float:
     return min(request.sent, time.time() + SKEW_SECS) + SUBMISSION_SECS
 
 
-def _basename(location: Location, artifact: Artifact) -> str:
+def _basename(location: Location, tag: str) -> str:
     name = Path(urlsplit(location.key).path if location.scheme in {"http", "https"} else location.key).name
-    return name or artifact.tag
+    return name or tag
 
 
 def _single_file(directory: Path) -> BinaryIO | None:

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from runner import errors
-from runner.executors.base import Image, Limits, RunSpec
-from runner.experiment import environ, runas
+from runner.executors.base import Limits, RunSpec
+from runner.experiment import environ, image, runas
 from runner.experiment.artifacts import Artifacts
 from runner.experiment.cancel import Cancellation
 from runner.experiment.limits import Bounds, memory_ceiling
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from runner.process.base import ProcessExit
     from runner.process.cgroup import Group
     from runner.process.spawner import Process
-    from runner.request.model import Container, Request, Resources
+    from runner.request.model import Request, Resources
     from runner.resources.gpupool import Grant
 
 log = structlog.get_logger(__name__)
@@ -218,6 +218,8 @@ class Experiment:
         if (expired := self._expired()) is not None:
             return expired
         self._enter("staging")
+        if (asked := image.asked(self.request.container, self._artifacts)) is not None:
+            await self._tools.executor.vet(asked)  # before anything is fetched for it in vain
         await self._artifacts.fetch()
         self.staged = True
         if (expired := self._expired()) is not None:
@@ -235,7 +237,7 @@ class Experiment:
             requirements=self.request.requirements,
             extra_requirements=self.request.extra_requirements,
             gpus=bool(self.gpus),
-            image=_image(self.request.container, self.workspace),
+            image=image.staged(self.request.container, self.workspace),
             limits=_limits(self._granted, self._uuids, enforced=self._tools.config.runs.enforce_limits),
         )
         async with self._tools.executor.prepare(spec, self.workspace.builder_log) as prepared:
@@ -328,6 +330,7 @@ class Experiment:
             # What needs a cleanup runs elsewhere (in a container): below the supervisor is only its client.
             None if prepared.cleanup else process.supervisor_pid,
             self.workspace.root,
+            search=prepared.first,
             ram_bytes=memory_ceiling(granted),
             hdd_bytes=granted.hdd_bytes,
             cards=self._uuids,
@@ -471,20 +474,6 @@ def _limits(granted: Resources | None, gpus: tuple[str, ...], *, enforced: bool)
         return Limits()
     ram_bytes = memory_ceiling(granted) if enforced else 0
     return Limits(cpus=granted.cpus, ram_bytes=ram_bytes, hdd_bytes=granted.hdd_bytes, gpus=gpus)
-
-
-def _image(container: Container | None, workspace: Workspace) -> Image | None:
-    """Raises errors.UnsupportedRequest when what was staged for it is not one file."""
-    if container is None:
-        return None
-    if container.reference:
-        return Image(engine=container.engine, reference=container.reference)
-    staged = list(workspace.artifact(container.tag).iterdir())
-    if len(staged) != 1 or not staged[0].is_file() or staged[0].is_symlink():
-        raise errors.UnsupportedRequest(
-            f"the artifact {container.tag} is not the one file of an image: send it with unpack false"
-        )
-    return Image(engine=container.engine, file=staged[0])
 
 
 def _closing_line(workspace: Workspace, line: str) -> None:

@@ -148,6 +148,14 @@ class QueueBackend(abc.ABC):
     kind: str  #: "rabbitMQ" | "sqs" | "pubsub" | "local": the `queue_type` label of INTEROP.md 9.4
     account: str  #: a label for logs and metrics, without credentials
 
+    @property
+    @abc.abstractmethod
+    def identity(self) -> str:
+        """What it opens, as a URL without credentials: the same for all accounts of it, whatever they are called, and for ever.
+
+        With vhost and name it tells a queue from all others. Empty until it is known: when `discover` first returns a queue.
+        """
+
     @abc.abstractmethod
     async def open(self) -> None:
         """Start what serves the other calls. Does not wait for the broker: an account that is away comes later."""

@@ -148,6 +148,11 @@ class Catalog:
         found = self._accounts.get(account)
         return None if found is None else found.backend
 
+    def backend_of(self, identity: str) -> QueueBackend | None:
+        """That of an account of that identity; None when there is none, or it is not known yet."""
+        backends = (account.backend for account in self._accounts.values())
+        return next((each for each in backends if identity and each.identity == identity), None)
+
     def queues(self) -> dict[QueueRef, QueueBackend]:
         """The queues that work is taken from now."""
         return {queue: account.backend for account in self._accounts.values() for queue in account.queues}

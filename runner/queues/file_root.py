@@ -23,6 +23,7 @@ class QueueRoot:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.real = ""  #: its path without links, as of the last `discover`
         self._seen: dict[str, tuple[int, int]] = {}
 
     def queue(self, name: str) -> Path:
@@ -35,6 +36,7 @@ class QueueRoot:
         with os.scandir(self.path) as entries:
             names = [e.name for e in entries if is_queue_name(e.name) and e.is_dir(follow_symlinks=False)]
         self._seen = {**self._seen, **dict.fromkeys(names, identity)}
+        self.real = str(self.path.resolve())
         return sorted(names)
 
     def existence(self, name: str) -> Existence:

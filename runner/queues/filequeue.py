@@ -75,6 +75,11 @@ class FileBackend(QueueBackend):
 
     # -- the contract ------------------------------------------------------------------------------------------------
 
+    @property
+    def identity(self) -> str:
+        """The directory, links resolved."""
+        return f"file://{self._root.real}" if self._root.real else ""
+
     async def open(self) -> None:
         """Nothing to start before somebody consumes: a program that only submits needs no watch and no heartbeat."""
 

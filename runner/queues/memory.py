@@ -127,6 +127,11 @@ class MemoryBackend(QueueBackend):
 
     # -- the contract ------------------------------------------------------------------------------------------------
 
+    @property
+    def identity(self) -> str:
+        """For as long as the broker lives."""
+        return f"memory://{id(self.broker):x}"
+
     async def open(self) -> None:
         """Connected at once."""
         self.closed = False

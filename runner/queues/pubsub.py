@@ -47,6 +47,11 @@ class PubsubBackend(base.QueueBackend):
         self._ledger = pubsub_delivery.Ledger()
         self._closed = False
 
+    @property
+    def identity(self) -> str:
+        """The project, and where it is when that is not Google."""
+        return f"pubsub://{self._account.emulator or self._account.endpoint}/{self._account.project}"
+
     async def open(self) -> None:
         """Begin to load Google's library, in a thread. Connections are opened when they are first needed."""
         self._client = asyncio.create_task(self._load(), name=f"load {self.account}")

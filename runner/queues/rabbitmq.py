@@ -88,6 +88,12 @@ class RabbitmqBackend(base.QueueBackend):
         self._learning: set[asyncio.Task[None]] = set()
         self._learners = asyncio.Semaphore(LEARNING_AT_ONCE)
 
+    @property
+    def identity(self) -> str:
+        """The broker, by host and port; what its user sees of it does not matter."""
+        host = rabbitmq_management.bracket(self._parameters.host.lower())
+        return f"amqp://{host}:{self._parameters.port}"
+
     async def open(self) -> None:
         """Start the thread. Connections are opened when they are first needed."""
         self._loop = asyncio.get_running_loop()

@@ -67,6 +67,11 @@ class SqsBackend(base.QueueBackend):
         ] = {}  # polls, their queues
         self._closed = threading.Event()
 
+    @property
+    def identity(self) -> str:
+        """The region and the account's number, which the first queue's URL tells."""
+        return self._service.identity
+
     async def open(self) -> None:
         """Look what an earlier daemon kept. The account's files are read, and SQS is asked, when first needed."""
         if self._keeper is not None:

@@ -13,6 +13,7 @@ import math
 import re
 import threading
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 from runner import errors
@@ -95,6 +96,9 @@ class Service:
         self._clients: tuple[Any, Any] | None = None
         self._written: object = None  #: of the files that the clients were made of
         self._urls: dict[str, str] = {}
+        self.identity = (
+            ""  #: of the account, in its region, at its endpoint; empty before it has listed a queue
+        )
         self.filled: dict[
             str, float
         ] = {}  #: queue -> when a message last became visible in it by us (`clock`)
@@ -102,6 +106,9 @@ class Service:
     def names(self) -> list[str]:
         """Every queue of the account; a request per thousand."""
         found = self._names()
+        if found and not self.identity:
+            meta, owner = self._once().meta, self._urls[found[0]].split("/")[-2]
+            self.identity = f"sqs://{urlsplit(meta.endpoint_url).netloc}/{meta.region_name}/{owner}"
         there = frozenset(found)
         # Queues come and go for years, with names that never come again.
         self._urls = {name: url for name, url in self._urls.copy().items() if name in there}

@@ -215,6 +215,12 @@ class Allocator:
         self.gpus.give_back(allocation.number)
         self.reconsider()
 
+    def found_memory(self, ram_bytes: int) -> None:
+        """So much is available, beside what is in use. More than was known of is given away from now on; less changes nothing."""
+        if ram_bytes > self.total.ram_bytes:
+            self.total = dataclasses.replace(self.total, ram_bytes=ram_bytes)
+            self.reconsider()
+
     def reconsider(self) -> None:
         """There may be more to give than before: serve those who wait, and tell the listeners."""
         self._grant()

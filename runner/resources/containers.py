@@ -33,7 +33,12 @@ class Quota:
 
 def quota(root: Path = Path("/")) -> Quota:
     """The quota of the group that this process is in. What is missing or makes no sense does not limit. Blocking."""
-    return Quota(cores=_least(_cores(root)), memory_bytes=_least(_memory(root)))
+    return Quota(cores=_least(_cores(root)), memory_bytes=_least(left for _, left in _memory(root)))
+
+
+def memory_limit(root: Path = Path("/")) -> int | None:
+    """All the memory that the group of this process may ever have, whoever uses it now; None: no limit. Blocking."""
+    return _least(limit for limit, _ in _memory(root))
 
 
 def _least(values: Iterator[int]) -> int | None:
@@ -54,7 +59,8 @@ def _cores(root: Path) -> Iterator[int]:
         yield from _counted(effective or _read(mount.directory / "cpuset.cpus"))
 
 
-def _memory(root: Path) -> Iterator[int]:
+def _memory(root: Path) -> Iterator[tuple[int, int]]:
+    """Each limit, and what is left of it."""
     if (mount := cgroups.own(root)) is not None:
         for group in _upward(mount):
             for name in ("memory.max", "memory.high"):
@@ -93,7 +99,7 @@ def _counted(cpus: str) -> Iterator[int]:
         yield count
 
 
-def _left(group: Path, limit_name: str, used_name: str, cache_name: str) -> Iterator[int]:
+def _left(group: Path, limit_name: str, used_name: str, cache_name: str) -> Iterator[tuple[int, int]]:
     limit = _number(_read(group / limit_name))
     if not limit or limit >= _UNLIMITED_BYTES:
         return
@@ -102,7 +108,7 @@ def _left(group: Path, limit_name: str, used_name: str, cache_name: str) -> Iter
         name, _, count = line.partition(" ")
         if name == cache_name:  # of files, not used lately: given back when it is wanted
             used -= min(used, _number(count) or 0)
-    yield max(0, limit - used)
+    yield limit, max(0, limit - used)
 
 
 def _number(text: str) -> int | None:

@@ -26,7 +26,8 @@ DISK_RESERVE = 0.10
 def machine(limits: Machine, volume: Path, root: Path = Path("/")) -> Resources:
     """What this runner may give away: the machine, cut to the container's quotas (found below `root`) and the operator's limits.
 
-    Memory is what is available now: what others use is not ours. `hdd_bytes` is the size of the volume less its reserve;
+    Memory is what is available now (`memory_available`), also when the operator's limit is above that: a daemon that is started
+    again while memory is short has to come back. `hdd_bytes` is the size of the volume less its reserve;
     how much of it is free is asked anew at each allocation (`disk_free`).
 
     Raises:
@@ -35,8 +36,8 @@ def machine(limits: Machine, volume: Path, root: Path = Path("/")) -> Resources:
     quota = containers.quota(root)
     cores = len(os.sched_getaffinity(0))
     cores = min(cores, quota.cores or cores)
-    memory = psutil.virtual_memory().available
-    memory = memory if quota.memory_bytes is None else min(memory, quota.memory_bytes)
+    memory = psutil.virtual_memory().total
+    memory = min(memory, containers.memory_limit(root) or memory)
     disk = int(shutil.disk_usage(volume).total * (1 - DISK_RESERVE))
     if limits.max_cores > cores:
         raise errors.UsageError(
@@ -45,13 +46,20 @@ def machine(limits: Machine, volume: Path, root: Path = Path("/")) -> Resources:
     if limits.max_mem_bytes > memory:
         raise errors.UsageError(
             f"--max-mem {units.format_bytes(limits.max_mem_bytes)}: "
-            f"{units.format_bytes(memory)} are available on this machine; ask for at most that"
+            f"this machine has {units.format_bytes(memory)}; ask for at most that"
         )
     return Resources(
         cpus=limits.max_cores or cores,
-        ram_bytes=limits.max_mem_bytes or memory,
+        ram_bytes=memory_available(limits, root),
         hdd_bytes=min(limits.max_disk_bytes or disk, disk),
     )
+
+
+def memory_available(limits: Machine, root: Path = Path("/")) -> int:
+    """What of the memory nobody uses, our own runs included, cut to the container's quotas and the operator's limit. Blocking."""
+    free = psutil.virtual_memory().available
+    quota = containers.quota(root).memory_bytes
+    return min(free, free if quota is None else quota, limits.max_mem_bytes or free)
 
 
 def disk_free(volume: Path) -> int:

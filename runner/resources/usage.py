@@ -1,7 +1,8 @@
 """What running experiments use, sampled: one look at /proc for all of them, in a thread, seldom enough to cost nothing.
 
-Processor time and memory of a run are those of all processes below its supervisor, wherever they have gone. Memory is what would
-be free without it: private pages, shared memory and swap; not the files that it has mapped, which the kernel gives back when it
+Processor time and memory of a run are those of all processes below its supervisor, wherever they have gone; of a run in a container
+of an engine, those of the container's first process and all below it, once it is known which that is. Memory is what would be free
+without it: private pages, shared memory and swap; not the files that it has mapped, which the kernel gives back when it
 must. Private pages that forks still share with each other are counted for each, so the sum is never too low; only when it is
 above the run's limit is it asked how much of it is shared (PSS: the kernel walks all page tables for that), and the answer is what
 decides. So a run is never ended for pages that it has once.
@@ -32,6 +33,8 @@ log = structlog.get_logger(__name__)
 
 EVERY_SECS = 2.0  #: between two looks at the processes
 DISK_SECS = 5.0  #: between two measurements of one run's directory
+#: How often a run that is elsewhere is looked for, each time after twice as long: it costs a process of the engine's client.
+SEARCHES = 6
 #: A look, or a measurement, may cost one part in so many of one core: what takes longer is done less often.
 SHARE, DISK_SHARE = 200.0, 50.0
 #: Of what a run may write: when it may have reached that, going by the free space, it is measured earlier.
@@ -41,6 +44,13 @@ SMALL_ENTRIES = 2000
 #: Over less than that the kernel's count of processor time (a hundredth of a second each) makes no rate.
 MIN_SECS = 0.5
 _TICKS = os.sysconf("SC_CLK_TCK")
+
+
+class First(NamedTuple):
+    """The first process of a run that is not below its supervisor: it and all below it are the run's."""
+
+    pid: int
+    started: int  #: in the kernel's ticks; another process may get its number later, and is none of the run's
 
 
 class Cards(NamedTuple):
@@ -122,6 +132,10 @@ class _Watched:
     cards: tuple[str, ...]
     told: Callable[[Use], None]
     context: contextvars.Context
+    search: Callable[[], Awaitable[First | None]] | None = None
+    searches: int = 0
+    began: float = dataclasses.field(default_factory=time.monotonic)
+    first: First | None = None  #: what `search` has found
     use: Use = dataclasses.field(default_factory=Use)
     pids: tuple[int, ...] = ()
     cpu_secs: float = 0.0
@@ -133,6 +147,11 @@ class _Watched:
     disk_at: float = 0.0
     disk_cost_secs: float = 0.0
     disk_free: int = 0  #: of the volume, when the directory was measured
+
+    @property
+    def top(self) -> int | First | None:
+        """Where its processes are; None: nobody knows."""
+        return self.first if self.supervisor is None else self.supervisor
 
 
 class Sample(NamedTuple):
@@ -174,11 +193,13 @@ class Sampler:
         ram_bytes: int = 0,
         hdd_bytes: int = 0,
         cards: tuple[str, ...] = (),
+        search: Callable[[], Awaitable[First | None]] | None = None,
         told: Callable[[Use], None],
     ) -> Iterator[Use]:
         """Watch a run while the context is open. `told` is called in the loop, and in this context, after each sample.
 
-        `supervisor` None: its processes are not below one, so that only its directory and its cards are measured.
+        `supervisor` None: its processes are not below one. Then `search` is to say where they begin; until it does, and without
+        it, only the directory and the cards are measured. It is asked now and then, may hang, and never raises.
         Above `ram_bytes` (0: no limit) memory is measured exactly; near `hdd_bytes` the directory is measured more often.
         """
         watched = _Watched(
@@ -189,6 +210,7 @@ class Sampler:
             cards=cards,
             told=told,
             context=contextvars.copy_context(),
+            search=search,
         )
         self._watched.append(watched)
         self._some.set()
@@ -215,12 +237,13 @@ class Sampler:
             all_.create_task(self._processes(), name="sample processes")
             all_.create_task(self._disks(), name="sample disks")
             all_.create_task(self._look_at_cards(), name="sample cards")
+            all_.create_task(self._search(), name="sample elsewhere")
 
     async def _processes(self) -> None:
         while True:
             await asyncio.sleep(self._every_secs)
             await self._some.wait()
-            runs = {run: run.supervisor for run in self._watched if run.supervisor is not None}
+            runs = {run: top for run in self._watched if (top := run.top) is not None}
             if not runs:
                 continue
             try:
@@ -236,13 +259,24 @@ class Sampler:
             cost -= sum(sample.exact_secs for sample in samples)
             await asyncio.sleep(max(0.0, SHARE * cost - self._every_secs))
 
-    def _look(self, runs: Mapping[_Watched, int]) -> tuple[list[Sample], float, float]:
+    def _look(self, runs: Mapping[_Watched, int | First]) -> tuple[list[Sample], float, float]:
         """In a thread. When it looked is told as well: the loop may be busy, and hear of it seconds later."""
         began, now = time.thread_time(), time.monotonic()
-        samples = look(
-            [(supervisor, run.ram_bytes if _is_exact(run, now) else 0) for run, supervisor in runs.items()]
-        )
+        samples = look([(top, run.ram_bytes if _is_exact(run, now) else 0) for run, top in runs.items()])
         return samples, now, time.thread_time() - began
+
+    async def _search(self) -> None:
+        """Where runs are that are not below their supervisors. Apart from the rest, and one by one: an engine may hang."""
+        while True:
+            await asyncio.sleep(self._every_secs)
+            await self._some.wait()
+            for watched in list(self._watched):
+                if watched.search is None or watched.first is not None or watched.searches >= SEARCHES:
+                    continue
+                age = time.monotonic() - watched.began
+                if watched in self._watched and age >= self._every_secs * 2**watched.searches:
+                    watched.searches += 1
+                    watched.first = await watched.search()
 
     async def _look_at_cards(self) -> None:
         """Apart from the rest: a driver that hangs must not keep anybody from measuring memory."""
@@ -341,30 +375,49 @@ class _Process(NamedTuple):
     parent: int
     own_ticks: int
     ended_ticks: int  #: of children that have ended, and theirs
+    started: int
 
 
-def look(runs: Sequence[tuple[int, int]], proc: str = "/proc") -> list[Sample]:
-    """What is below each supervisor: `runs` are their process ids, and the memory above which it is measured exactly. Blocking."""
+def first(pid: int) -> First | None:
+    """The process that has that number now, told from all that may have it later; None when there is none. Blocking."""
+    process = _process(f"/proc/{pid}/stat")
+    return None if process is None else First(pid, process.started)
+
+
+def look(runs: Sequence[tuple[int | First, int]], proc: str = "/proc") -> list[Sample]:
+    """What is below each supervisor: `runs` are their process ids, and the memory above which it is measured exactly. Blocking.
+
+    Of a run that is not below one, its first process, which counts as well.
+    """
     processes: dict[int, _Process] = {}
     children: dict[int, list[int]] = {}
     for name in os.listdir(proc):  # noqa: PTH208 - thousands of them
         if name.isdigit() and (process := _process(f"{proc}/{name}/stat")) is not None:
             processes[int(name)] = process
             children.setdefault(process.parent, []).append(int(name))
-    return [_sample(supervisor, ram, processes, children, proc) for supervisor, ram in runs]
+    return [_sample(top, ram, processes, children, proc) for top, ram in runs]
 
 
 def _sample(
-    supervisor: int, ram_bytes: int, processes: dict[int, _Process], children: dict[int, list[int]], proc: str
+    top: int | First,
+    ram_bytes: int,
+    processes: dict[int, _Process],
+    children: dict[int, list[int]],
+    proc: str,
 ) -> Sample:
     below: list[int] = []
-    waiting = [supervisor]
+    waiting: list[int] = []
+    ticks = 0
+    own = processes.get(top.pid if isinstance(top, First) else top)
+    if not isinstance(top, First):
+        ticks = 0 if own is None else own.ended_ticks
+        waiting = [top]
+    elif own is not None and own.started == top.started:
+        below, waiting = [top.pid], [top.pid]
     while waiting:
         found = children.get(waiting.pop(), [])
         below += found
         waiting += found
-    own = processes.get(supervisor)
-    ticks = 0 if own is None else own.ended_ticks
     ticks += sum(processes[pid].own_ticks + processes[pid].ended_ticks for pid in below)
     parts = [_fields(f"{proc}/{pid}/status", _STATUS) for pid in below]
     private = sum(part.get(b"RssAnon", 0) + part.get(b"VmSwap", 0) for part in parts)
@@ -400,11 +453,14 @@ def _exact(pids: Sequence[int], proc: str) -> int:
 def _process(path: str) -> _Process | None:
     text = _read(path)
     # The second field is the program's name in brackets, and may hold anything, also spaces and brackets.
-    fields = text[text.rfind(b")") + 2 :].split(None, 16)
-    if len(fields) < 16:  # noqa: PLR2004 - proc(5)
+    fields = text[text.rfind(b")") + 2 :].split(None, 20)
+    if len(fields) < 20:  # noqa: PLR2004 - proc(5)
         return None
     return _Process(
-        int(fields[1]), int(fields[11]) + int(fields[12]), max(0, int(fields[13])) + max(0, int(fields[14]))
+        parent=int(fields[1]),
+        own_ticks=int(fields[11]) + int(fields[12]),
+        ended_ticks=max(0, int(fields[13])) + max(0, int(fields[14])),
+        started=int(fields[19]),
     )
 
 

@@ -381,6 +381,17 @@ async def test_giving_back_into_a_deleted_queue_does_not_raise(harness, backend,
     assert isinstance(await delivery.requeue(), bool)
 
 
+async def test_accounts_of_one_broker_have_one_identity(connect, queue):
+    first, second = await connect(), await connect()
+
+    async def listed() -> bool:
+        return all([await each.discover() for each in (first, second)])
+
+    await reaches(listed)
+    assert first.identity == second.identity
+    assert "://" in first.identity
+
+
 async def test_discovery_lists_work_queues_but_no_response_queues(harness, backend, queue):
     other = await harness.declare("some other name")
     await harness.declare("rmq_contract_response")

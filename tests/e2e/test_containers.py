@@ -48,6 +48,12 @@ def ended(daemon: Daemon, key: str) -> dict[str, Any]:
     return settled[-1]
 
 
+def memory_peak(run: dict[str, Any]) -> int:
+    """What it has used so far, as the pages show it."""
+    peak: int = run.get("used", {}).get("memory_bytes", {}).get("peak", 0)
+    return peak
+
+
 def printed(storage: pathlib.Path, key: str) -> str:
     with tarfile.open(storage / "experiments" / key / "output.tar") as archive:
         member = archive.extractfile("output")
@@ -58,25 +64,34 @@ def printed(storage: pathlib.Path, key: str) -> str:
 def test_from_the_queue_to_stored_results(daemons: MakeDaemon, docker: DockerServer):
     daemon = serving(daemons, docker)
     script = """
-import json, os
+import json, os, time
+held = b"x" * (100 << 20)
 home = os.environ["STUDIOML_HOME"] + "/experiments/" + os.environ["STUDIOML_EXPERIMENT"]
+while not os.path.exists(home + "/modeldir/measured"):
+    time.sleep(0.1)
 open(home + "/modeldir/model", "w").write("trained")
 print(json.dumps({"experiment": {"score": 7}}))
 raise SystemExit(4)
 """
     put(daemon, body(daemon, script, "k1"))
+    # The engine's client has a fraction of that, and no other process here has it.
+    daemon.until(lambda: [run for run in daemon.runs() if memory_peak(run) > 100 << 20])
+    (modeldir,) = daemon.working_dir.glob("runs/*/experiments/*/modeldir")
+    (modeldir / "measured").touch()
     run = ended(daemon, "k1")
     assert (run["status"], run["reason"], run["exit_code"]) == ("failed", "exit", 4)
     assert printed(daemon.storage, "k1") == '{"experiment": {"score": 7}}\n'
     with tarfile.open(daemon.storage / "experiments/k1/modeldir.tar") as archive:
-        assert [name.removeprefix("./") for name in archive.getnames()] == [".", "model"]
+        names = {name.removeprefix("./") for name in archive.getnames()}
+    assert names == {".", "measured", "model"}
     (document,) = (
         json.loads(path.read_text()) for path in daemon.storage.glob("metadata/scrape-host-*.json")
     )
     assert document["experiment"]["score"] == 7
     assert document["runner"]["environment"]["image"] == PYTHON
-    # What the engine's client took is not told as what the run did.
-    assert document["runner"]["used"].keys() == {"elapsed_secs", "samples", "disk_bytes"}
+    used = document["runner"]["used"]
+    assert used.keys() == {"elapsed_secs", "samples", "cpu_cores", "memory_bytes", "disk_bytes"}
+    assert 100 << 20 < used["memory_bytes"]["peak"] < 200 << 20
     assert docker.containers() == []
     # An image's own program; and one whose name is none.
     put(daemon, body(daemon, "", "k2", image=GREETER, filename=None, args=["you"]), "m2")

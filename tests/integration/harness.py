@@ -12,9 +12,12 @@ import re
 import sys
 import tarfile
 import time
+import urllib.error
+import urllib.request
 from typing import TYPE_CHECKING, Any
 
 from runner import config, errors
+from runner.credentials.watch import Watch
 from runner.daemon.service import Parts, Service
 from runner.daemon.stop import Stop
 from runner.executors.base import Executor, Prepared, RunSpec
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import pytest
+
+    from runner.credentials.accounts import Account
 
 LIMIT_SECS = 100.0  #: for any wait: generous, since nothing here is about speed
 
@@ -139,6 +144,21 @@ class Daemon:
             assert member is not None
             return member.read().decode()
 
+    async def post(self, path: str) -> tuple[int, Any]:
+        """What the daemon answers to that on its HTTP port: status and JSON."""
+        address = json.loads((self.config.paths.working_dir / "studio-runner.json").read_text())["address"]
+        request = urllib.request.Request(f"http://{address}{path}", method="POST")
+
+        def exchange() -> tuple[int, Any]:
+            try:
+                with urllib.request.urlopen(request, timeout=LIMIT_SECS) as answer:
+                    return answer.status, json.load(answer)
+            except urllib.error.HTTPError as refused:
+                with refused:
+                    return refused.code, json.load(refused)
+
+        return await asyncio.to_thread(exchange)
+
     def dead(self) -> list[dict[str, Any]]:
         """The dead letters."""
         return [
@@ -148,9 +168,18 @@ class Daemon:
 
 @contextlib.asynccontextmanager
 async def daemon(
-    root: Path, queue: MemoryBackend | None = None, *, drain: bool = True, **changes: Any
+    root: Path,
+    queue: MemoryBackend | None = None,
+    *,
+    certs: dict[str, MemoryBackend] | None = None,
+    drain: bool = True,
+    **changes: Any,
 ) -> AsyncIterator[Daemon]:
-    """A daemon that serves. On exit it is drained, unless the test has ended it."""
+    """A daemon that serves. On exit it is drained, unless the test has ended it.
+
+    With `certs` it does not serve `queue`, but whatever lies in the directory `certs`: each file opens an account of the same
+    broker, which is put into `certs` under its name.
+    """
     queue = queue or MemoryBackend()
     settings = configuration(root)
     for part, values in changes.items():
@@ -158,8 +187,19 @@ async def daemon(
             settings, **{part: dataclasses.replace(getattr(settings, part), **values)}
         )
     logs.configure(dataclasses.replace(settings.logs, level="debug", format="json"), sys.stderr)
+
+    def opened(account: Account) -> MemoryBackend:
+        assert certs is not None
+        certs[account.label] = MemoryBackend(account.label, broker=queue.broker)
+        return certs[account.label]
+
     parts = Parts(
-        backends=[queue], executor=lambda _: ThisPython(), stores=Stores(settings.s3), cache=lambda _: None
+        backends=[queue] if certs is None else [],
+        watches=[] if certs is None else [Watch(root / "certs")],
+        backend=opened,
+        executor=lambda _: ThisPython(),
+        stores=Stores(settings.s3),
+        cache=lambda _: None,
     )
     service = Service(settings, parts, Stop())
     running = Daemon(root, queue, service, settings)

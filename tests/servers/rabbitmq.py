@@ -180,10 +180,18 @@ class RabbitmqServer:
         self, queue: str, *, durable: bool = False, vhost: str = "/", arguments: dict[str, Any] | None = None
     ) -> None:
         """Exchange, queue and binding, as the captured ones."""
-        with self.channel(vhost) as channel:
-            channel.exchange_declare(EXCHANGE, "topic", durable=True, auto_delete=True)
-            channel.queue_declare(queue, durable=durable, arguments=arguments)
-            channel.queue_bind(queue, EXCHANGE, f"StudioML.{queue}")
+        until = time.monotonic() + START_SECS
+        while True:
+            try:
+                with self.channel(vhost) as channel:
+                    channel.exchange_declare(EXCHANGE, "topic", durable=True, auto_delete=True)
+                    channel.queue_declare(queue, durable=durable, arguments=arguments)
+                    channel.queue_bind(queue, EXCHANGE, f"StudioML.{queue}")
+                return
+            except exceptions.ConnectionClosedByBroker as error:
+                # What a quorum queue is told on a disk that takes its time.
+                if "cluster_not_formed" not in error.reply_text or time.monotonic() > until:
+                    raise
 
     def publish(
         self, queue: str, *bodies: bytes, vhost: str = "/", persistent: bool = False, headers: Any = None

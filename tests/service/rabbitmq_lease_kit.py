@@ -47,7 +47,8 @@ def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
 def steady(monkeypatch: pytest.MonkeyPatch) -> None:
     """With short leases, too, an exchange has the time that it has with those of ten minutes.
 
-    Else a process that stood still for a second or two would have to believe that it slept, and another runner went on.
+    Else a disk that takes two seconds for a flush lets no renewal end in time, and a process that stood still for a
+    second or two has to believe that it slept, and another runner went on.
     """
     monkeypatch.setattr(rabbitmq_hold, "STEPS_PER_LEASE", 1)
 

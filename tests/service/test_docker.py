@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 from runner import config, errors
+from runner.executors import docker_archive
 from runner.executors.base import Image, Limits, RunSpec
 from runner.executors.docker import DockerExecutor
 from runner.process.base import Command
 from runner.process.spawner import Spawner
+from runner.resources import usage
 from tests.servers import docker as docker_server_module
 from tests.servers.docker import GREETER, PYTHON
 
@@ -222,6 +224,39 @@ async def test_an_image_that_came_as_a_file_is_loaded_under_no_name_of_others(pl
     assert "localhost/studio-runner-loaded" in names
 
 
+async def test_images_that_came_as_files_go_when_no_run_has_used_them_for_a_day(place, tmp_path):
+    place.docker.docker("create", "--name", "made", GREETER, check=True)
+    place.docker.docker("commit", "made", "test/own:1", check=True)
+    archive = tmp_path / "image.tar"
+    place.docker.docker("save", "--output", str(archive), "test/own:1", check=True)
+    place.docker.docker("rm", "made", check=True)
+    place.docker.docker("rmi", "test/own:1", check=True)
+    name = docker_archive.name_of(archive)
+
+    def age() -> None:
+        os.utime(place.state_dir / "container-images" / name.rpartition(":")[2], (0, 0))
+
+    def is_there() -> bool:
+        return not place.docker.docker("image", "inspect", name).returncode
+
+    spec = place.spec("", filename=None, image=Image(engine="docker", file=archive))
+    async with place.executor.prepare(spec, place.log):
+        age()
+        await place.executor.tidy()
+        assert is_there()  # a run has it
+    place.docker.docker("create", "--name", "of-another", name, check=True)
+    age()
+    await place.executor.tidy()
+    assert is_there()  # somebody's container is of it
+    place.docker.docker("rm", "of-another", check=True)
+    await place.executor.tidy()
+    assert is_there()
+    age()
+    await place.executor.tidy()
+    assert not is_there()
+    assert not place.docker.docker("image", "inspect", GREETER).returncode
+
+
 async def test_requirement_lines_are_installed_by_the_images_pip_into_the_run(place):
     if docker_server_module.pip_wheel() is None:
         pytest.skip("this Python brings no pip along for the image")
@@ -279,6 +314,32 @@ signal.signal(signal.SIGTERM, {how})
 print("begun", flush=True)
 while True: time.sleep(0.05)
 """
+
+
+async def test_the_engine_tells_where_a_program_runs_and_it_is_measured_there(place):
+    script = """
+import os, time
+held = bytearray(b"x") * (60 << 20)
+if os.fork() == 0:
+    os.setsid()
+    held[:] = b"y" * len(held)
+print("begun", flush=True)
+time.sleep(600)
+"""
+    env = {"TMPDIR": str(place.root / "tmp"), "STUDIOML_HOME": str(place.root)}
+    async with place.executor.prepare(place.spec(script, env=env), place.log) as prepared:
+        assert prepared.first is not None
+        assert await prepared.first() is None  # there is no container yet
+        process = await place.spawner.start(place.command(prepared))
+        await until(lambda: place.output.exists() and place.said().count("begun") == 2)
+        first = await prepared.first()
+        assert first is not None
+        (sample,) = usage.look([(first, 0)])
+        assert len(sample.pids) == 3  # the init, and two
+        assert 120 << 20 < sample.memory_bytes < 200 << 20
+        await process.stop(0)
+    assert await prepared.first() is None
+    assert usage.look([(first, 0)])[0].pids == ()
 
 
 async def test_term_reaches_the_program(place):
@@ -372,9 +433,21 @@ async def test_cancelled_while_it_is_made_ready_leaves_nothing(place):
     assert place.docker.containers() == []
 
 
+async def test_an_image_that_is_not_here_is_left_to_others_before_anything_is_fetched(place):
+    executor = DockerExecutor(
+        config.Containers(pull="never"), place.state_dir, place.spawner, environ=place.executor._environ
+    )
+    await executor.vet(Image(engine="docker", reference=PYTHON))
+    with pytest.raises(errors.NoEngine, match=r"127\.0\.0\.1:1/x:1 is not on this host"):
+        await executor.vet(Image(engine="docker", reference="127.0.0.1:1/x:1"))
+
+
 async def test_an_engine_that_is_away_is_unreachable(place, tmp_path):
     environ = {**os.environ, "DOCKER_HOST": f"unix://{tmp_path}/nobody.sock"}
     executor = DockerExecutor(config.Containers(), place.state_dir, place.spawner, environ=environ)
     with pytest.raises(errors.Unreachable, match=r"docker does not answer: .*nobody\.sock"):
         async with executor.prepare(place.spec("print(1)"), place.log):
             pass
+    for image in (Image(engine="docker", reference=PYTHON), Image(engine="docker", file=place.workspace)):
+        with pytest.raises(errors.Unreachable, match=r"docker does not answer: .*nobody\.sock"):
+            await executor.vet(image)

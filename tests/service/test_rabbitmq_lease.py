@@ -25,9 +25,10 @@ from tests.service.rabbitmq_lease_kit import (
     leases,
     peek,
     reaches,
+    steady,
 )
 
-__all__ = ["_patient", "name"]  # fixtures
+__all__ = ["_patient", "name", "steady"]  # fixtures
 
 pytestmark = pytest.mark.service
 
@@ -62,7 +63,7 @@ async def test_a_message_held_for_long_moves_to_its_lease_and_leaves_nothing_beh
 
 
 @either_type
-async def test_a_lease_is_renewed_for_as_long_as_it_takes(rabbitmq, name, kind):
+async def test_a_lease_is_renewed_for_as_long_as_it_takes(rabbitmq, name, kind, steady):
     rabbitmq.declare(name, durable=True, arguments=ARGUMENTS[kind])
     rabbitmq.publish(name, BODY, persistent=True)
     async with host(rabbitmq) as one, host(rabbitmq) as other:
@@ -181,7 +182,7 @@ async def test_what_others_have_tried_is_leased_before_its_work_starts(rabbitmq,
         assert depth(rabbitmq, lease_name(name, BODY)) is None
 
 
-async def test_the_same_bytes_published_twice_are_two_leases(rabbitmq, name):
+async def test_the_same_bytes_published_twice_are_two_leases(rabbitmq, name, steady):
     rabbitmq.declare(name)
     rabbitmq.publish(name, BODY, BODY)
     async with host(rabbitmq) as one, host(rabbitmq) as other:
@@ -331,7 +332,7 @@ async def test_a_lease_queue_of_another_lease_time_is_replaced_when_it_is_empty(
         assert await held.ack() is True
 
 
-async def test_a_lease_queue_that_an_operator_deletes_is_made_again(rabbitmq, name):
+async def test_a_lease_queue_that_an_operator_deletes_is_made_again(rabbitmq, name, steady):
     rabbitmq.declare(name)
     rabbitmq.publish(name, BODY)
     async with host(rabbitmq) as one:
@@ -390,7 +391,7 @@ async def test_the_version_of_the_broker_is_known(rabbitmq, name):
         assert ".".join(map(str, one.backend._consuming["/"].broker_version)) == version
 
 
-async def test_a_reclaimed_lease_is_held_on(rabbitmq, name):
+async def test_a_reclaimed_lease_is_held_on(rabbitmq, name, steady):
     rabbitmq.declare(name)
     rabbitmq.publish(name, BODY)
     async with host(rabbitmq, terms=LONG, owner="me") as one, host(rabbitmq, terms=TERMS, owner="me") as two:

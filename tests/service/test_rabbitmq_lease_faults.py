@@ -97,20 +97,19 @@ async def test_dead_in_the_middle_of_a_renewal(rabbitmq, name, kind, monkeypatch
     rabbitmq.publish(name, BODY, persistent=True)
     in_between = asyncio.Event()
     loop = asyncio.get_running_loop()
-    real = rabbitmq_lease._Found.end
 
-    def end(found, channel):
-        real(found, channel)
-        if found.ours:
-            loop.call_soon_threadsafe(in_between.set)
-            raise RuntimeError("killed")  # published and acknowledged, not committed
+    async def replace(channel, queue, properties, body, found):
+        channel.basic_publish("", queue, body, properties, mandatory=True)
+        found.end(channel)
+        loop.call_soon_threadsafe(in_between.set)
+        await hanging()  # published and acknowledged, not committed
 
     async with host(rabbitmq) as one:
         held = await one.take(name)
         await held.began(1)
         await leased(rabbitmq, name, BODY)
         with monkeypatch.context() as patch:
-            patch.setattr(rabbitmq_lease._Found, "end", end)
+            patch.setattr(rabbitmq_lease, "_replace", replace)
             patch.setattr(rabbitmq_connection, "discard", lambda _channel: None)
             await asyncio.wait_for(in_between.wait(), LIMIT)
             assert depth(rabbitmq, lease_name(name, BODY)) == 0

@@ -17,6 +17,7 @@ from runner.executors.docker import DockerExecutor
 from runner.executors.registry import Executors
 from runner.process.base import ProcessExit
 from runner.process.spawner import Spawner
+from runner.resources import probe, usage
 from tests.servers.docker_double import ENDED, IMAGE, DockerDouble
 
 if TYPE_CHECKING:
@@ -369,6 +370,29 @@ async def test_when_images_are_fetched_is_the_operators_choice(place):
     assert len(place.double.commands("pull")) == 1
 
 
+async def test_what_cannot_be_run_is_refused_without_fetching(place):
+    with pytest.raises(errors.UnsupportedRequest, match="is not the name of a container image"):
+        await place.executor().vet(Image(engine="docker", reference="-v /:/host"))
+    image = Image(engine="docker", reference="python")
+    await place.executor(pull="never").vet(image)
+    place.double.answer("image", "inspect", text="no such image", code=1)
+    await place.executor().vet(image)  # it can be fetched
+    with pytest.raises(errors.NoEngine, match="--container-pull=never"):
+        await place.executor(pull="never").vet(image)
+    file = Image(engine="docker", file=place.tmp_path / "not" / "yet")
+    await place.executor(pull="never").vet(file)
+    for command in ("image inspect", "version"):
+        place.double.answer(command, text="Cannot connect to the Docker daemon", code=1)
+    for away in (image, file):
+        with pytest.raises(errors.Unreachable):
+            await place.executor().vet(away)
+    assert place.double.commands("pull") == []
+    executors = Executors(venv=Host(), docker=place.executor(engine="off"), singularity=None)
+    for engine in ("docker", "singularity"):
+        with pytest.raises(errors.NoEngine):
+            await executors.vet(Image(engine=engine, reference="python"))
+
+
 @pytest.mark.parametrize(
     ("state", "ended", "expected"),
     [
@@ -434,6 +458,41 @@ async def test_an_engine_that_ends_its_containers_before_itself(place, monkeypat
     place.double.answer("version", text="Cannot connect to the Docker daemon", code=1)
     with pytest.raises(errors.Unreachable, match="was stopped, and its containers with it"):
         await place.verdict(ProcessExit(code=143))
+
+
+async def test_the_containers_process_is_believed_only_when_it_is_the_runs(place):
+    env = {"STUDIOML_HOME": str(place.root)}
+    ours = await asyncio.create_subprocess_exec("sleep", "600", env=env | os.environ)
+    other = await asyncio.create_subprocess_exec("sleep", "600", env=os.environ | {"STUDIOML_HOME": "/x"})
+    prepared = await place.prepared(place.spec(env=env))
+    assert prepared.first is not None
+    try:
+        # Each has become what it is to be: environments are those of before until then.
+        for process, home in ((ours, str(place.root)), (other, "/x")):
+            while probe.environment(process.pid).get("STUDIOML_HOME") != home:
+                await asyncio.sleep(0.01)
+        name = prepared.cleanup[-1]
+        for said, found in (
+            (f"WARNING: something else\n{ours.pid}", usage.first(ours.pid)),
+            (str(other.pid), None),
+            ("0", None),  # it does not run
+            ("1", None),
+            ("4" * 10, None),
+            ("<no value>", None),
+        ):
+            place.double.answer("container inspect", "State.Pid", name, text=said)
+            assert await prepared.first() == found
+    finally:
+        for process in (ours, other):
+            process.kill()
+            await process.wait()
+    place.double.answer("container inspect", text="no such container", code=1)
+    assert await prepared.first() is None
+    place.double.answer("container inspect", text="Cannot connect to the Docker daemon", code=1)
+    assert await prepared.first() is None
+    nameless = await place.prepared(place.spec())
+    assert nameless.first is not None
+    assert await nameless.first() is None
 
 
 async def test_reaping_asks_nothing_where_nothing_ever_ran(place):

@@ -11,7 +11,7 @@ from runner.executors.registry import Executors, Later
 
 
 class Counted(Executor):
-    made = reaped = 0
+    made = reaped = tidied = 0
 
     def __init__(self) -> None:
         Counted.made += 1
@@ -23,18 +23,22 @@ class Counted(Executor):
     async def reap(self) -> None:
         Counted.reaped += 1
 
+    async def tidy(self) -> None:
+        Counted.tidied += 1
+
     async def make_room(self, bytes_needed: int) -> int:
         return bytes_needed
 
 
 @pytest.fixture(autouse=True)
 def none_made():
-    Counted.made = Counted.reaped = 0
+    Counted.made = Counted.reaped = Counted.tidied = 0
 
 
 async def test_what_nobody_uses_is_not_made(tmp_path):
     executors = Executors(venv=Counted(), docker=Later(Counted, tmp_path / "trace"), singularity=None)
     await executors.reap()
+    await executors.tidy()
     assert await executors.make_room(7) == 7
     assert Counted.made == 1
     executors.check("docker")
@@ -46,6 +50,7 @@ async def test_what_an_earlier_daemon_used_is_made_to_see_to_what_it_left(tmp_pa
     (tmp_path / "trace").mkdir()
     later = Later(Counted, tmp_path / "trace")
     await later.reap()
-    assert Counted.reaped == 1
+    await later.tidy()
+    assert (Counted.reaped, Counted.tidied) == (1, 1)
     assert await later.make_room(7) == 7
     assert Counted.made == 1

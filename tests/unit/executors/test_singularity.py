@@ -147,6 +147,9 @@ async def test_an_untrusted_image_is_refused_before_anything_runs(bench):
     with pytest.raises(errors.UnsupportedRequest, match="untrusted image specified"):
         async with bench.executor().prepare(bench.spec(by_reference("docker://evil/x")), bench.root / "log"):
             pass
+    with pytest.raises(errors.UnsupportedRequest, match="untrusted image specified"):
+        await bench.executor().vet(by_reference("docker://evil/x"))
+    await bench.executor().vet(by_reference())
     assert bench.calls() == []
 
 
@@ -159,9 +162,15 @@ async def test_image_files_are_refused_where_the_operator_does_not_list_them(ben
     with pytest.raises(errors.UnsupportedRequest, match="untrusted image specified"):
         async with bench.executor(("docker://*",)).prepare(bench.spec(image, name="two"), bench.root / "log"):
             pass
+    (tmp_path / "x.sif").unlink()  # only its name counts before it is fetched
+    await bench.executor().vet(image)
+    with pytest.raises(errors.UnsupportedRequest, match=r"untrusted image specified: 'x\.sif'"):
+        await bench.executor(("docker://*",)).vet(image)
 
 
 async def test_a_host_without_an_engine_leaves_the_message_to_others(bench):
+    with pytest.raises(errors.NotForThisHost, match="no apptainer or singularity"):
+        await bench.executor().vet(by_reference())
     with pytest.raises(errors.NotForThisHost, match="no apptainer or singularity"):
         async with bench.executor().prepare(bench.spec(by_reference()), bench.root / "log"):
             pass

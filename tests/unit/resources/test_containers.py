@@ -127,9 +127,20 @@ def test_the_machine_is_cut_to_the_container_and_options_cut_further(tree, tmp_p
     less = config.Machine(max_mem_bytes=GIB // 8, max_disk_bytes=GIB)
     cut = probe.machine(less, tmp_path, tree.root)
     assert (cut.ram_bytes, cut.hdd_bytes) == (GIB // 8, min(GIB, whole.hdd_bytes))
-    for asked in (config.Machine(max_cores=2), config.Machine(max_mem_bytes=GIB)):
-        with pytest.raises(errors.UsageError, match="ask for at most that"):
+    for asked in (config.Machine(max_cores=2), config.Machine(max_mem_bytes=GIB // 4 + 1)):
+        with pytest.raises(errors.UsageError, match=r"this machine has .*; ask for at most that"):
             probe.machine(asked, tmp_path, tree.root)
+
+
+def test_an_option_that_allows_more_than_is_left_now_is_no_mistake(tree, tmp_path):
+    """What is left of the runs of a daemon that was killed has the memory until it ends: the next one has to start."""
+    own = tree.second()
+    write(own, memory__max=GIB // 4, memory__current=GIB // 4 - 1000)
+    limits = config.Machine(max_mem_bytes=GIB // 8)
+    assert probe.machine(limits, tmp_path, tree.root).ram_bytes == 1000
+    write(own, memory__current=1000)
+    assert probe.memory_available(limits, tree.root) == GIB // 8
+    assert probe.memory_available(config.Machine(), tree.root) == GIB // 4 - 1000
 
 
 def test_without_a_container_it_is_the_machine(tmp_path):

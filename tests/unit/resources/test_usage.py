@@ -24,12 +24,21 @@ KIB = 1 << 10
 
 
 def process(
-    proc: Path, pid: int, parent: int, *, ticks: int = 0, ended: int = 0, name: str = "x", **kib: int
+    proc: Path,
+    pid: int,
+    parent: int,
+    *,
+    ticks: int = 0,
+    ended: int = 0,
+    started: int = 0,
+    name: str = "x",
+    **kib: int,
 ) -> None:
     """A process in a tree of files."""
     place = proc / str(pid)
     place.mkdir(parents=True)
-    fields = [str(parent), *["0"] * 9, str(ticks), "0", str(ended), "0", *["0"] * 30]
+    fields = [str(parent), *["0"] * 9, str(ticks), "0", str(ended), "0", "20", "0", "1", "0", str(started)]
+    fields += ["0"] * 25
     (place / "stat").write_bytes(f"{pid} ({name}) S {' '.join(fields)}\n".encode())
     lines = [f"{key}:\t{value} kB\n" for key, value in kib.items()]
     (place / "status").write_text(
@@ -54,6 +63,17 @@ def test_everything_below_a_supervisor_counts_and_nothing_else(tmp_path):
         11, (100 + 7 + 10 + 1 + 50) * KIB, (11, 12, 13), (100 + 7 + 10 + 1 + 50 + 50) * KIB
     )
     assert none.pids == ()
+
+
+def test_elsewhere_the_first_process_counts_too_and_not_another_that_has_got_its_number(tmp_path):
+    ticks = usage._TICKS
+    process(tmp_path, 10, 1, started=77, ticks=ticks, ended=2 * ticks, RssAnon=1)
+    process(tmp_path, 11, 10, started=78, ticks=4 * ticks, RssAnon=10)
+    run, later, gone = usage.look(
+        [(usage.First(10, 77), 0), (usage.First(10, 76), 0), (usage.First(9, 77), 0)], str(tmp_path)
+    )
+    assert run == usage.Sample(7, 11 * KIB, (10, 11), 11 * KIB)
+    assert later == gone == usage.Sample(0, 0, (), 0)
 
 
 def test_above_its_limit_pages_that_forks_share_count_once(tmp_path):
@@ -191,6 +211,60 @@ async def test_of_a_run_elsewhere_only_its_directory_and_cards_are_measured(tmp_
                 await asyncio.sleep(0.01)
     ended = base.ProcessExit(code=0, elapsed_secs=2, user_secs=0, system_secs=0, max_rss_bytes=0)
     assert use.told(ended).keys() == {"samples", "disk_bytes", "gpu_utilization"}
+
+
+async def test_a_run_elsewhere_is_sampled_once_it_is_found(tmp_path: Path) -> None:
+    script = "held = b'x' * (60 << 20)\nwhile True: pass"
+    process = await asyncio.create_subprocess_exec(sys.executable, "-I", "-S", "-c", script)
+    asked = 0
+    hold: set[int] = set()
+    enough = asyncio.Event()
+
+    async def search() -> usage.First | None:
+        nonlocal asked
+        asked += 1
+        return None if asked < 3 else usage.first(process.pid)
+
+    async def cards(uuids: Sequence[str], pids: Sequence[int]) -> Cards:
+        del uuids
+        hold.update(pids)
+        return Cards(memory_bytes=5, utilization=0.5)
+
+    def told(use: Use) -> None:
+        if use.memory.peak > 60 * MIB and use.cores.peak > 0.1 and use.card_memory.count:
+            enough.set()
+
+    sampler = Sampler(every_secs=0.02, cards=cards)
+    try:
+        async with sampling(sampler), asyncio.timeout(60):
+            with sampler.watch(None, tmp_path, cards=("GPU-1",), search=search, told=told) as use:
+                await enough.wait()
+    finally:
+        process.kill()
+        await process.wait()
+    assert asked == 3
+    assert (use.processes, hold) == (1, {process.pid})
+
+
+async def test_a_run_that_is_nowhere_is_searched_for_a_few_times_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(usage, "SEARCHES", 2)
+    asked: list[str] = []
+
+    async def search(who: str) -> None:
+        asked.append(who)
+
+    sampler = Sampler(every_secs=0.01)
+    async with sampling(sampler), asyncio.timeout(60):
+        with sampler.watch(None, tmp_path, search=lambda: search("first"), told=lambda _: None):
+            while len(asked) < 2:
+                await asyncio.sleep(0.01)
+            # In the turn in which this one is asked for the second time, the other's third would be due.
+            with sampler.watch(None, tmp_path, search=lambda: search("second"), told=lambda _: None):
+                while asked.count("second") < 2:
+                    await asyncio.sleep(0.01)
+    assert asked.count("first") == 2
 
 
 async def test_a_look_that_fails_does_not_end_the_sampling(
