@@ -389,6 +389,7 @@ class Dispatcher:
         With `reserved_secs` there is room for it already, for so long.
         """
         wish = asyncio.create_task(consumer.next(), name=f"next {state.ref}")
+        state.asked = True
         try:
             if reserved_secs is None:
                 await self._listen(state, wish)
@@ -404,6 +405,8 @@ class Dispatcher:
             if not wish.cancelled() and wish.exception() is None:  # it has come, and nobody would end it
                 await wish.result().requeue()
             raise
+        finally:
+            state.asked = False
         if wish.cancelled():
             await consumer.pause()
             return None

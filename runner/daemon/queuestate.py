@@ -92,6 +92,7 @@ class QueueState:
     holding: int = 0  #: how many of those have a part of the machine
     parked: list[Parked] = dataclasses.field(default_factory=list)
     consumer: Consumer | None = None  #: what it is taken from by now
+    asked: bool = False  #: somebody waits for its next message
     on_change: Callable[[QueueState], None] | None = None  #: hears when something here may open or close it
     _crowded: collections.OrderedDict[str, Crowded] = dataclasses.field(
         default_factory=collections.OrderedDict

@@ -25,7 +25,7 @@ import structlog
 from prometheus_client import CollectorRegistry
 
 from runner import __version__, errors, units
-from runner.daemon import lock, memoryroom, reading, runstate
+from runner.daemon import lock, memoryroom, reading, runstate, troubles
 from runner.daemon.accounts import Accounts
 from runner.daemon.api import Api
 from runner.daemon.attempts import Ledger
@@ -36,6 +36,7 @@ from runner.daemon.endpoints import Endpoints
 from runner.daemon.interrupted import Interrupted
 from runner.daemon.runs import Runs
 from runner.daemon.stop import Stop
+from runner.daemon.troubles import Troubles
 from runner.experiment import runas, workspace
 from runner.experiment.tools import Tools
 from runner.process import cgroups
@@ -48,7 +49,7 @@ from runner.resources.gpus import Nvml
 from runner.resources.gpuwatch import GpuWatch
 from runner.resources.usage import Cards, Sampler
 from runner.telemetry import metrics as telemetry
-from runner.telemetry.http import HttpServer, Readiness
+from runner.telemetry.http import HttpServer
 from runner.telemetry.notify import Notifier
 
 if TYPE_CHECKING:
@@ -61,9 +62,10 @@ if TYPE_CHECKING:
     from runner.executors.base import Executor
     from runner.process.base import User
     from runner.queues.base import QueueBackend
-    from runner.queues.catalog import AccountStatus, Change
+    from runner.queues.catalog import Change
     from runner.storage.cache import ArtifactCache
     from runner.storage.registry import Stores
+    from runner.telemetry.http import Readiness
 
 log = structlog.get_logger(__name__)
 
@@ -125,13 +127,6 @@ def _free(allocator: Allocator) -> telemetry.Free:
             for state in allocator.gpus.cards()
         ],
     )
-
-
-def _problem(status: AccountStatus) -> str | None:
-    """What is wrong with an account; None when nothing is."""
-    if status.ok:
-        return None
-    return status.error or "not asked yet"
 
 
 async def _cards_in_use(gpus: GpuWatch, uuids: Sequence[str], pids: Sequence[int]) -> Cards | None:
@@ -234,7 +229,8 @@ class Service:
                 )
                 stack.push_async_callback(accounts.aclose)
                 api = Api(runs, dispatcher, catalog, dead_letters, problems=lambda: accounts.problems)
-                await self._listen(stack, catalog, accounts, api, disk)
+                trouble = Troubles(lambda: dispatcher.queues)
+                await self._listen(stack, self._health(catalog, accounts, disk, trouble), api)
                 for backend in self._parts.backends:
                     await backend.open()
                     stack.push_async_callback(backend.aclose)
@@ -245,6 +241,7 @@ class Service:
                     "existence": dispatcher.watch_existence(),
                     "interrupted": left.run(),
                     "limits": self._limits(runs),
+                    "troubles": trouble.run(),
                 }
                 return await self._serve(services, dispatcher, runs)
 
@@ -340,22 +337,24 @@ class Service:
         await gpus.look()
         return gpus
 
-    async def _listen(
-        self,
-        stack: contextlib.AsyncExitStack,
-        catalog: Catalog,
-        accounts: Accounts,
-        api: Api,
-        disk: DiskRoom,
-    ) -> None:
-        def readiness() -> Readiness:
-            told = {status.account: _problem(status) for status in catalog.status()}
-            served = any(not problem for problem in told.values())
-            problems = dict(accounts.problems) | ({"disk": disk.why_not} if disk.why_not else {})
-            return Readiness(
-                ready=served and not self.stop.drain.is_set() and not disk.why_not, accounts=told | problems
-            )
+    def _health(
+        self, catalog: Catalog, accounts: Accounts, disk: DiskRoom, trouble: Troubles
+    ) -> Callable[[], Readiness]:
+        """What /readyz tells."""
 
+        def readiness() -> Readiness:
+            problems = dict(accounts.problems) | ({"disk": disk.why_not} if disk.why_not else {})
+            open_ = not self.stop.drain.is_set() and not disk.why_not
+            return troubles.readiness(catalog.status(), trouble, problems, open_=open_)
+
+        self._metrics.watch_troubles(
+            lambda: trouble.queues, lambda: troubles.silent(catalog.status(), trouble)
+        )
+        return readiness
+
+    async def _listen(
+        self, stack: contextlib.AsyncExitStack, readiness: Callable[[], Readiness], api: Api
+    ) -> None:
         server = HttpServer(
             self._config.http,
             render_metrics=self._metrics.render,

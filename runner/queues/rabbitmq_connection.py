@@ -209,8 +209,8 @@ class Link:
 
     @property
     def trouble(self) -> str:
-        """Why it is not up, and for how long; empty while it is. May be read from any thread."""
-        failure = self.failure
+        """Why it is not up, and for how long; empty while it is, or nobody has wanted it. May be read from any thread."""
+        failure = self.failure if self._task is not None else ""
         return f"{failure} (for {time.monotonic() - self._down_since:.0f} s)" if failure else ""
 
     @property

@@ -145,6 +145,7 @@ class RabbitmqConsumer(base.Consumer):
         self.key = key
         self._places = places
         self._leases = leases
+        self._link = link
         self._crossing = crossing
         self._lane = crossing.lane
         self._on_first = on_first
@@ -203,7 +204,9 @@ class RabbitmqConsumer(base.Consumer):
     @property
     def trouble(self) -> str:
         """As the contract says; of its connection, or of its channel."""
-        return self._subscription.trouble if self._asking else ""
+        if self._asking:
+            return self._subscription.trouble
+        return self._link.trouble if self._wake is not None else ""  # without a place it asks nothing itself
 
     @property
     def waiting(self) -> bool:

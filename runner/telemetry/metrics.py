@@ -164,6 +164,14 @@ class Metrics:
         self._bad_lines = counter("scrape_skipped_total", "Directives of workloads that could not be applied")
         self._uploaded = counter("upload_bytes_total", "Bytes of artifacts that were uploaded")
         self._running = Gauge("runner_experiments_running", "Experiments that run now", registry=registry)
+        self._troubled_queues = Gauge(
+            "runner_queues_in_trouble",
+            "Queues that are asked for work, and nothing can come",
+            registry=registry,
+        )
+        self._troubled_accounts = Gauge(
+            "runner_accounts_in_trouble", "Accounts from which nothing can come", registry=registry
+        )
         self._stages = Histogram(
             "runner_stage_duration_seconds",
             "How long each stage of an experiment took",
@@ -185,6 +193,11 @@ class Metrics:
         self._sampling = counter("sampling_cpu_seconds_total", "Processor time that measuring runs has cost")
         now = Gauge("runner_experiments_used", "What all runs use now", ["resource"], registry=registry)
         self._now = {name: now.labels(name) for name in ("cpu_cores", "memory_bytes", "disk_bytes")}
+
+    def watch_troubles(self, queues: Callable[[], float], accounts: Callable[[], float]) -> None:
+        """Ask at each scrape how many queues, and accounts, are such that nothing can come. They must not block or raise."""
+        self._troubled_queues.set_function(queues)
+        self._troubled_accounts.set_function(accounts)
 
     def watch_use(self, use: Callable[[], tuple[float, float, float]]) -> None:
         """Ask `use` for the cores, bytes of memory and bytes of disk that runs use, at each scrape. It must not block or raise."""

@@ -42,7 +42,7 @@ def impatient() -> Iterator[RabbitmqServer]:
 
 @pytest.mark.parametrize("kind", ["classic", "quorum"])
 def test_a_run_several_times_longer_than_the_limit_runs_once(daemons, impatient, work: Work, kind):
-    work.publish(impatient, kind)
+    work.publish(impatient, kind, again=True)
     first, second = (
         serve(daemons, impatient, work, options=(f"--rmq-lease={LIMIT_SECS:.0f}",)) for _ in range(2)
     )

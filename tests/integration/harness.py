@@ -144,10 +144,17 @@ class Daemon:
             assert member is not None
             return member.read().decode()
 
-    async def post(self, path: str) -> tuple[int, Any]:
+    async def get(self, path: str) -> tuple[int, Any]:
         """What the daemon answers to that on its HTTP port: status and JSON."""
+        return await self._answer("GET", path)
+
+    async def post(self, path: str) -> tuple[int, Any]:
+        """The same, of something that it is to do."""
+        return await self._answer("POST", path)
+
+    async def _answer(self, method: str, path: str) -> tuple[int, Any]:
         address = json.loads((self.config.paths.working_dir / "studio-runner.json").read_text())["address"]
-        request = urllib.request.Request(f"http://{address}{path}", method="POST")
+        request = urllib.request.Request(f"http://{address}{path}", method=method)
 
         def exchange() -> tuple[int, Any]:
             try:

@@ -73,6 +73,24 @@ async def test_a_broker_whose_amqp_port_is_closed(rabbitmq: RabbitmqServer) -> N
     rabbitmq.delete(name)
 
 
+async def test_queues_that_are_only_watched_say_what_is_wrong_with_their_broker(
+    rabbitmq: RabbitmqServer,
+) -> None:
+    name = f"rmq_{uuid.uuid4().hex[:12]}"
+    with proxy(rabbitmq.host, rabbitmq.port) as way:
+        way.refuse()
+        url = f"amqp://guest:guest@127.0.0.1:{way.port}/"
+        backend = RabbitmqBackend(url, rabbitmq.management_url, standing=1)
+        queues = [QueueRef(account=backend.account, name=f"{name}_{n}", vhost="/") for n in range(2)]
+        async with waiting(backend, queues[0]) as (first, _):
+            await says(first, "refused")
+            second = await backend.consumer(queues[1])
+            taking = asyncio.create_task(second.next())
+            await says(second, "refused")
+            taking.cancel()
+            await asyncio.wait({taking})
+
+
 async def test_a_queue_that_somebody_has_for_himself(rabbitmq: RabbitmqServer) -> None:
     name = f"rmq_{uuid.uuid4().hex[:12]}"
     rabbitmq.declare(name)
