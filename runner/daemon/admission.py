@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from runner.daemon.attempts import Ledger
+    from runner.daemon.endpoints import Endpoints
     from runner.daemon.queuestate import QueueState
     from runner.daemon.runs import Runs
     from runner.queues.base import Delivery
@@ -37,6 +38,7 @@ class Admission:
         gpus: GpuWatch,
         runs: Runs,
         ledger: Ledger,
+        endpoints: Endpoints,
         metrics: Metrics,
         forbidden: Callable[[QueueState], str],
         permitted: Callable[[QueueState], Awaitable[None]],
@@ -46,6 +48,7 @@ class Admission:
         self._gpus = gpus
         self._runs = runs
         self._ledger = ledger
+        self._endpoints = endpoints
         self._metrics = metrics
         self._forbidden = forbidden
         self._permitted = permitted
@@ -154,6 +157,9 @@ class Admission:
                 await self._put_back(delivery)
                 return
             self._runs.check(request)
+            if (away := self._endpoints.away()) and (endpoint := self._runs.needs(request, away)):
+                self._park(state, delivery, request, f"{endpoint} does not answer", endpoint)
+                return
             await self._gpus.refresh(request.resources)
             allocation = self._allocator.allocate(request.resources, state.ledger_key, instead_of=room)
             self._start(state, delivery, request, allocation)
@@ -212,30 +218,43 @@ class Admission:
 
     # -- parked
 
-    def _park(self, state: QueueState, delivery: Delivery, request: Request | None, lacking: str) -> None:
-        """Hold it until there is room for it, or (`request` is None) for a while, and look at what comes behind it."""
+    def _park(
+        self,
+        state: QueueState,
+        delivery: Delivery,
+        request: Request | None,
+        lacking: str,
+        endpoint: str = "",
+    ) -> None:
+        """Hold it until it can start, or (`request` is None) for a while, and look at what comes behind it.
+
+        To start it needs room, and before that an endpoint to answer, if one is named.
+        """
         parked = queuestate.Parked(
-            delivery=delivery, request=request, lacking=lacking, since=time.monotonic()
+            delivery=delivery, request=request, lacking=lacking, endpoint=endpoint, since=time.monotonic()
         )
         state.parked.append(parked)
         state.crowded(delivery.digest)
         state.forget_ask()
         parked.task = asyncio.create_task(self._hold(state, parked), name=f"parked {state.ref}")
-        log.debug("parked for want of room", queue=str(state.ref), lacking=lacking)
+        log.debug("parked", queue=str(state.ref), lacking=lacking)
 
     async def _hold(self, state: QueueState, parked: queuestate.Parked) -> None:
         """Until it starts, or its time is over: then `give_back` is left to do."""
         delivery, request = parked.delivery, parked.request
+        until = time.monotonic() + state.park_secs(delivery)
         lost = asyncio.create_task(delivery.lost.wait(), name=f"parked {state.ref} lost")
         try:
             if request is None:
-                await asyncio.wait({lost}, timeout=state.park_secs(delivery))
+                await asyncio.wait({lost}, timeout=until - time.monotonic())
+                return
+            if parked.endpoint and not await self._reached(state, parked, request, lost, until):
                 return
             allocation = await self.room(
                 state,
                 request.resources,
                 since=state.crowded(delivery.digest).since,
-                secs=state.park_secs(delivery),
+                secs=until - time.monotonic(),
                 unless=lost,
             )
             if delivery.lost.is_set() or self._forbidden(state):
@@ -252,6 +271,31 @@ class Admission:
             lost.cancel()
             parked.over = True
             state.changed()
+
+    async def _reached(
+        self,
+        state: QueueState,
+        parked: queuestate.Parked,
+        request: Request,
+        lost: asyncio.Future[Any],
+        until: float,
+    ) -> bool:
+        """Wait until the endpoints that it needs answer; False: they do not in time, or the message is lost."""
+        while parked.endpoint:
+            back = asyncio.create_task(self._endpoints.answers(parked.endpoint))
+            try:
+                await asyncio.wait(
+                    {back, lost},
+                    timeout=max(0.0, until - time.monotonic()),
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+                if not back.done():
+                    return False
+            finally:
+                back.cancel()
+            parked.endpoint = self._runs.needs(request, self._endpoints.away())
+        parked.lacking = self._allocator.short(request.resources, state.ledger_key)
+        return True
 
     async def _begin(
         self, state: QueueState, delivery: Delivery, request: Request, allocation: Allocation
@@ -295,6 +339,11 @@ class Admission:
             state.parked.remove(parked)
             if parked.request is None:
                 await self._leave(state, parked.delivery, parked.lacking)
+                continue
+            if parked.endpoint:
+                state.strand(parked.delivery, parked.endpoint)
+                log.info("put back for want of an endpoint", queue=str(state.ref), endpoint=parked.endpoint)
+                await self._put_back(parked.delivery)
                 continue
             rest = state.put_back(parked.delivery, parked.request.resources)
             log.info(

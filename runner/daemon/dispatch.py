@@ -82,6 +82,7 @@ class Dispatcher:
             gpus=gpus,
             runs=runs,
             ledger=ledger,
+            endpoints=endpoints,
             metrics=metrics,
             forbidden=self._forbidden,
             permitted=self._permitted,
@@ -189,9 +190,10 @@ class Dispatcher:
             return "the limit of tasks is reached"
         if state.endpoint:
             away = self._endpoints.away_secs(state.endpoint)
-            if away is not None:
+            if away is None:
+                state.endpoint = ""
+            elif time.monotonic() < state.endpoint_until:
                 return f"{state.endpoint} has not answered for {away:.0f} s"
-            state.endpoint = ""
         if (wait := state.closed_until - time.monotonic()) > 0:
             return f"backing off for {wait:.0f} s more: {state.why}"
         if state.running >= MAX_WAITING and (waiting := self._runs.waiting(state)) >= MAX_WAITING:
@@ -203,7 +205,7 @@ class Dispatcher:
             return ""  # its message is on its way back, and needs no room
         if why := self._allocator.closed():
             return why
-        if len(state.parked) >= MAX_PARKED:
+        if state.full:
             return self.parked(state)
         asking = state.asking()
         if not self._lacks(asking):
@@ -216,10 +218,16 @@ class Dispatcher:
         return f"no room for what it last asked for: {short}"
 
     def parked(self, state: QueueState) -> str:
-        """What is held until there is room for it, in words; empty when nothing is. What comes behind it may be taken."""
-        told = [f"{parked.lacking} (for {time.monotonic() - parked.since:.0f} s)" for parked in state.parked]
-        what = "1 message is" if len(told) == 1 else f"{len(told)} messages are"
-        return f"{what} parked for want of room: {'; '.join(told)}" if told else ""
+        """What is held until it can start, in words; empty when nothing is. What comes behind it may be taken."""
+        held: dict[str, list[str]] = {}
+        for parked in state.parked:
+            want = "an endpoint" if parked.endpoint else "room"
+            told = f"{parked.lacking} (for {time.monotonic() - parked.since:.0f} s)"
+            held.setdefault(want, []).append(told)
+        return "; ".join(
+            f"{'1 message is' if len(told) == 1 else f'{len(told)} messages are'} parked for want of {want}: {'; '.join(told)}"
+            for want, told in held.items()
+        )
 
     def _returns(self, state: QueueState) -> bool:
         """Whether something that was parked has to be put back."""
@@ -249,7 +257,7 @@ class Dispatcher:
     async def _opened(self, state: QueueState) -> None:
         """Wait until there is something to do for that queue."""
         while self._wait_for(state):
-            room_alone = not self._forbidden(state) and len(state.parked) < MAX_PARKED
+            room_alone = not self._forbidden(state) and not state.full
             await self._news(state, None if room_alone else lambda: not self._wait_for(state))
 
     async def _permitted(self, state: QueueState) -> None:
@@ -258,7 +266,8 @@ class Dispatcher:
             await self._news(state, lambda: not self._forbidden(state))
 
     async def _news(self, state: QueueState, ready: Callable[[], bool] | None) -> None:
-        timers = [when - time.monotonic() for when in (state.closed_until, state.ask_until)]
+        times = (state.closed_until, state.ask_until, state.endpoint_until)
+        timers = [when - time.monotonic() for when in times]
         secs = min((timer for timer in timers if timer > 0), default=None)
         await self._gates.opened(state, ready, secs)
 

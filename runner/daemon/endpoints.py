@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import random
 import time
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ class Endpoints:
     def __init__(self, on_change: Callable[[], None]) -> None:
         self._on_change = on_change
         self._away: dict[str, float] = {}
+        self._answered: dict[str, asyncio.Event] = {}
         self._probes: set[asyncio.Task[None]] = set()
 
     def away_secs(self, endpoint: str) -> float | None:
@@ -35,13 +37,23 @@ class Endpoints:
         """Seconds that each has been away."""
         return {endpoint: time.monotonic() - since for endpoint, since in self._away.items()}
 
+    async def answers(self, endpoint: str) -> None:
+        """Wait until nothing is known against it."""
+        if (answered := self._answered.get(endpoint)) is not None:
+            await answered.wait()
+
     def lost(self, endpoint: str, answers: Callable[[], Awaitable[bool]]) -> None:
         """It did not answer; `answers` asks it again."""
         if endpoint in self._away:
             return
         log.warning("endpoint does not answer; what needs it waits", endpoint=endpoint)
         self._away[endpoint] = time.monotonic()
-        probe = asyncio.create_task(self._probe(endpoint, answers), name=f"probe {endpoint}")
+        self._answered[endpoint] = asyncio.Event()
+        probe = asyncio.create_task(
+            self._probe(endpoint, answers),
+            name=f"probe {endpoint}",
+            context=contextvars.Context(),  # what it logs is no run's
+        )
         self._probes.add(probe)
         probe.add_done_callback(self._probes.discard)
 
@@ -57,6 +69,7 @@ class Endpoints:
             endpoint=endpoint,
             away_secs=round(time.monotonic() - self._away.pop(endpoint), 1),
         )
+        self._answered.pop(endpoint).set()
         self._on_change()
 
     async def aclose(self) -> None:

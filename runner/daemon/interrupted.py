@@ -25,31 +25,44 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-TRIES = 5
+#: Between two tries of one, doubled each time until the last; about a day in all. A restart of the daemon begins anew.
 RETRY_SECS = 10.0
+LAST_RETRY_SECS = 600.0
+TRIES = 150
 
 
 class Interrupted:
-    """Ends such documents in the background, one after the other, and removes the directories of their runs (not with --debug)."""
+    """Ends such documents in the background, one after the other, and removes the directories of their runs (not with --debug).
+
+    One whose storage is away makes room for the next, and comes again later.
+    """
 
     def __init__(self, tools: Tools, states: RunStates, left: Iterable[RunState]) -> None:
         self._tools = tools
         self._states = states
-        self._left: asyncio.Queue[RunState] = asyncio.Queue()
+        self._left: asyncio.Queue[tuple[RunState, int]] = asyncio.Queue()  # and how often it was tried
         for state in left:
             self.add(state)
 
-    def add(self, state: RunState) -> None:
+    def add(self, state: RunState, tried: int = 0) -> None:
         """One more."""
-        self._left.put_nowait(state)
+        self._left.put_nowait((state, tried))
 
     async def run(self) -> None:
         """For ever. Never raises: what cannot be told to its storage server is said in the log, and removed."""
         while True:
-            state = await self._left.get()
+            state, tried = await self._left.get()
             workspace = Workspace(root=state.root)
             try:
                 await self._end(state, workspace)
+            except errors.Unreachable as exc:
+                if tried + 1 < TRIES:
+                    secs = min(RETRY_SECS * 2.0 ** min(tried, 20), LAST_RETRY_SECS)
+                    asyncio.get_running_loop().call_later(secs, self.add, state, tried + 1)
+                    continue
+                log.warning(
+                    "given up on the document of an interrupted run", run=state.run_id, error=str(exc)
+                )
             except Exception as exc:
                 expected = isinstance(exc, errors.RunnerError | OSError)
                 log.warning(
@@ -63,6 +76,7 @@ class Interrupted:
                 await asyncio.to_thread(workspace.remove)
 
     async def _end(self, state: RunState, workspace: Workspace) -> None:
+        """Raises errors.Unreachable: its storage does not answer."""
         request = await reading.request_of(await asyncio.to_thread(workspace.request.read_bytes))
         experiment = Experiment.resumed(
             request=request,
@@ -76,8 +90,6 @@ class Interrupted:
         outcome = state.outcome or Outcome.of_error(errors.ProcessLost("the runner ended while it ran"))
         with experiment.capturing():
             log.info("ending the document of an interrupted run", experiment=request.key)
-            for number in range(TRIES):
-                failed = await experiment.cut_off(outcome)
-                if not any(isinstance(exc, errors.Unreachable) for exc in failed):
-                    return
-                await asyncio.sleep(RETRY_SECS * (number + 1))
+            failed = await experiment.cut_off(outcome)
+        if away := next((exc for exc in failed if isinstance(exc, errors.Unreachable)), None):
+            raise away

@@ -27,6 +27,11 @@ LAST_PARK_SECS = 900.0
 REST = 0.25
 #: So many messages of a queue are held at most for want of room. Those behind them are taken until then.
 MAX_PARKED = 2
+#: ... and so many because they need an endpoint that does not answer: one wrong address is not to stop a queue.
+MAX_STRANDED = 8
+#: For so long nothing is taken from a queue whose message needed an endpoint that did not answer: most are back by then, and
+#: most of its messages need the same. After that it is looked which ones do.
+STRANDED_SECS = 30.0
 #: Freed room is kept for a message in the last quarter of each doubling of its age, from this age on.
 KEEP_SECS = 60.0
 #: So many messages that were put back for want of room are remembered for each queue.
@@ -41,11 +46,12 @@ USAGE_HALF_LIFE_SECS = 600.0
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class Parked:
-    """A message that is held until there is room for it, or so that what comes behind it can be looked at."""
+    """A message that is held until it can start, or so that what comes behind it can be looked at."""
 
     delivery: Delivery
     request: Request | None  #: None: it is not for this host
     lacking: str  #: in words, as of when it came
+    endpoint: str = ""  #: what it needs first of all: a storage endpoint that does not answer
     since: float
     over: bool = False  #: it is to be put back
     task: asyncio.Task[None] | None = None
@@ -78,7 +84,8 @@ class QueueState:
     ask_since: float = 0.0
     closed_until: float = 0.0  #: back-off
     left_until: float = 0.0  #: left to other hosts, however well its runs end meanwhile
-    endpoint: str = ""  #: a storage endpoint that its messages need and that does not answer
+    endpoint: str = ""  #: a storage endpoint that a message needed and that did not answer
+    endpoint_until: float = 0.0  #: nothing is taken before, unless it answers
     why: str = ""  #: of the back-off, for people
     failures: int = 0
     running: int = 0
@@ -101,6 +108,12 @@ class QueueState:
     def older_key(self) -> str:
         """What it was called there when that hung on the account's label."""
         return f"{self.ref.account}/{self.ref.vhost}/{self.ref.name}"
+
+    @property
+    def full(self) -> bool:
+        """Whether it holds as many messages as it may."""
+        stranded = sum(bool(parked.endpoint) for parked in self.parked)
+        return stranded >= MAX_STRANDED or len(self.parked) - stranded >= MAX_PARKED
 
     def changed(self) -> None:
         """Something that concerns this queue alone may have opened or closed it."""
@@ -161,6 +174,11 @@ class QueueState:
         self.ask, self.ask_until, self.ask_since = ask, time.monotonic() + rest, known.since
         return rest
 
+    def strand(self, delivery: Delivery, endpoint: str) -> None:
+        """It goes back for want of an endpoint. It may come again at once, and is held for longer then."""
+        self.crowded(delivery.digest).put_backs += 1
+        self.wants(endpoint)
+
     def _cycle_secs(self, delivery: Delivery) -> float:
         times = max(self.crowded(delivery.digest).put_backs, delivery.deliveries)
         return PARK_SECS * 2.0 ** min(times, 40)
@@ -200,8 +218,8 @@ class QueueState:
         return secs
 
     def wants(self, endpoint: str) -> None:
-        """Its messages need an endpoint that does not answer."""
-        self.endpoint = endpoint
+        """A message of it needs an endpoint that does not answer: others may need the same."""
+        self.endpoint, self.endpoint_until = endpoint, time.monotonic() + STRANDED_SECS
         self.changed()
 
     # -- rank

@@ -15,6 +15,7 @@ import structlog
 from runner import errors
 from runner.daemon.runstate import RunState
 from runner.daemon.settle import Settler
+from runner.experiment.artifacts import located
 from runner.experiment.lifecycle import Experiment
 from runner.experiment.outcome import Outcome
 from runner.experiment.results import Undelivered
@@ -23,7 +24,7 @@ from runner.metadata import names
 from runner.telemetry import metrics
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Container, Iterable, Iterator, Mapping
     from pathlib import Path
 
     from runner.config import Config
@@ -190,6 +191,11 @@ class Runs:
     def check(self, request: Request) -> None:
         """Raises errors.NoEngine when it wants a container that this host cannot give."""
         self._tools.executor.check(request.container.engine if request.container is not None else None)
+
+    def needs(self, request: Request, endpoints: Container[str]) -> str:
+        """The first of these endpoints that an artifact of it is at; empty: none. Raises errors.Refused."""
+        there = (location.endpoint for _, location in located(request, self._config))
+        return next((endpoint for endpoint in there if endpoint in endpoints), "")
 
     def start(self, queue: QueueState, delivery: Delivery, request: Request, allocation: Allocation) -> None:
         """Run it, in a task of its own that ends the delivery. The attempt is counted before anything else happens.

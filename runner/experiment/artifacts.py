@@ -24,8 +24,9 @@ from runner.storage.base import NotFound
 from runner.storage.location import locate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
+    from runner.config import Config
     from runner.experiment.tools import Tools
     from runner.experiment.workspace import Workspace
     from runner.request.model import Artifact, Request
@@ -50,6 +51,26 @@ CANCEL_SECS = 5.0
 _LISTED = 1000
 
 
+def located(request: Request, config: Config) -> Iterator[tuple[Artifact, Location]]:
+    """Where each artifact is that has an address; without an image that its engine fetches. No I/O.
+
+    Raises:
+        errors.Refused: an address that cannot be understood.
+    """
+    image = request.container
+    fetched_by_engine = image.tag if image is not None and image.reference else None
+    for artifact in request.artifacts:
+        if _addressed(artifact) and artifact.tag != fetched_by_engine:
+            yield (
+                artifact,
+                locate(artifact, request, config.s3, allow_env_secrets=config.runs.allow_env_secrets),
+            )
+
+
+def _addressed(artifact: Artifact) -> bool:
+    return bool(artifact.qualified or artifact.url or artifact.key)
+
+
 class Artifacts:
     """The artifacts of one run, and what is known of their objects. Its blocking work runs in worker threads."""
 
@@ -67,17 +88,10 @@ class Artifacts:
         Raises:
             errors.Refused: an address that cannot be understood.
         """
-        config = self._tools.config
-        image = self._request.container
         for artifact in self._request.artifacts:
-            if image is not None and image.reference and artifact.tag == image.tag:
-                continue  # the engine fetches it
-            if not (artifact.qualified or artifact.url or artifact.key):
+            if not _addressed(artifact):
                 log.warning("artifact has no address, ignored", artifact=artifact.tag)
-                continue
-            location = locate(
-                artifact, self._request, config.s3, allow_env_secrets=config.runs.allow_env_secrets
-            )
+        for artifact, location in located(self._request, self._tools.config):
             if artifact.mutable and location.scheme in {"http", "https"}:
                 log.warning("mutable artifact at a web address: fetched, never stored", artifact=artifact.tag)
             self._locations[artifact.tag] = location

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import json
 import signal
 import threading
@@ -11,7 +12,7 @@ import time
 import pytest
 
 from runner import errors
-from runner.daemon import dispatch, gates, queuestate, service, settle
+from runner.daemon import dispatch, gates, interrupted, queuestate, service, settle
 from runner.daemon.attempts import Ledger
 from runner.daemon.runstate import RunStates
 from runner.experiment import results
@@ -49,6 +50,7 @@ class Storage:
     def __init__(self, monkeypatch) -> None:
         self.fails: dict[str, Exception] = {}  # a part of the key -> what is raised
         self.waits: dict[str, threading.Event] = {}  # a part of the key -> an event that is waited for
+        self.failed: collections.Counter[str] = collections.Counter()
         self.arrived = threading.Event()
         self.stored: list[str] = []
         really = FileStore.put
@@ -60,6 +62,7 @@ class Storage:
                     assert event.wait(LIMIT_SECS)
             for part, error in list(self.fails.items()):
                 if part in key:
+                    self.failed[part] += 1
                     raise error
             really(store, key, source, size)
             self.stored.append(key)
@@ -162,6 +165,25 @@ async def test_a_failed_attempt_whose_storage_was_away_does_not_run_for_ever_in_
     storage.fails.clear()
     async with daemon(tmp_path) as it:
         await it.until(lambda: [each["studioml"]["status"] for each in it.documents()] == ["stopped"])
+        await it.until(lambda: not it.runs)
+
+
+async def test_documents_of_interrupted_runs_wait_for_their_storage_and_not_for_each_other(
+    tmp_path, storage, monkeypatch
+):
+    monkeypatch.setattr(interrupted, "RETRY_SECS", 0.01)
+    monkeypatch.setattr(interrupted, "LAST_RETRY_SECS", 0.05)
+    async with daemon(tmp_path, drain=False) as it:
+        for key in ("first", "second"):
+            await it.submit(WAIT.format(go=tmp_path / "go"), key=key)
+        await it.until(lambda: [each["studioml"]["status"] for each in it.documents()] == ["running"] * 2)
+        keys = [f"metadata/{path.name}" for path in sorted(it.storage.glob("metadata/scrape-*"))]
+    storage.fails[keys[0]] = AWAY
+    async with daemon(tmp_path) as it:
+        await it.until(lambda: [d["studioml"]["status"] for d in it.documents()] == ["running", "stopped"])
+        await it.until(lambda: storage.failed[keys[0]] > 20)
+        storage.fails.clear()
+        await it.until(lambda: [d["studioml"]["status"] for d in it.documents()] == ["stopped", "stopped"])
         await it.until(lambda: not it.runs)
 
 
