@@ -76,9 +76,9 @@ class Active:
     def move(self, queue: QueueState, delivery: Delivery) -> None:
         """Its message is that delivery from now on, which may have come by another account of the same queue."""
         before, self.queue = self.queue, queue
-        before.running, queue.running = before.running - 1, queue.running + 1
-        if self.allocation is not None:
-            before.holding, queue.holding = before.holding - 1, queue.holding + 1
+        for state, number in ((before, -1), (queue, 1)):  # which may be one
+            state.running += number
+            state.holding += number if self.allocation is not None else 0
         self.delivery, self.backend = delivery, queue.backend
         before.changed()
 

@@ -52,6 +52,22 @@ async def test_a_run_whose_credentials_file_was_renamed_keeps_its_message(tmp_pa
         )
 
 
+async def test_an_adopted_message_is_of_one_run(tmp_path):
+    go = tmp_path / "go"
+    async with daemon(tmp_path) as it:
+        await it.submit(WAIT.format(go=go))
+        await it.until(it.printed)
+        it.queue.break_connection()
+        await it.until(lambda: it.queue.held)
+        (told,) = (await it.get("/api/queues"))[1]["queues"]
+        assert told["running"] == 1
+        go.touch()
+        await it.settled()
+        async with asyncio.timeout(LIMIT_SECS):
+            while (await it.get("/api/queues"))[1]["queues"][0]["running"]:
+                await asyncio.sleep(0.02)  # between questions
+
+
 async def test_of_two_accounts_of_a_broker_either_gets_a_lost_message_back(tmp_path, certs):
     go = tmp_path / "go"
     (certs / "new").write_text("/any")
