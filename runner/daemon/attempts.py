@@ -153,8 +153,8 @@ class Ledger:
                 self._db.execute("DELETE FROM finished WHERE queue=? AND digest=?", (queue, digest))
 
     def renamed(self, old: str, new: str) -> None:
-        """What an older version, or one of before this start, has written down of queue `old` is of queue `new`. Cheap when that is nothing."""
-        if old not in self._queues or old == new:
+        """What was written down before this start of a queue called `old` is of `new`, another one. Costs nothing where there is none."""
+        if old not in self._queues:
             return
         self._queues.discard(old)
         with _noted(), self._transaction():

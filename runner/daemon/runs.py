@@ -164,6 +164,8 @@ class Runs:
     def know(self, queue: QueueState) -> None:
         """A queue is served: what was written down of it under the name that older versions had for it, is its own."""
         old, new = queue.older_key, queue.ledger_key
+        if old == new:
+            return
         self._ledger.renamed(old, new)
         self._shared |= {(new, digest) for name, digest in self._shared if name == old}
         for number, state in enumerate(self._undelivered):

@@ -125,3 +125,21 @@ def test_a_full_disk_stops_what_begins_and_nothing_else(ledger):
     ledger.undo("q", "d")
     ledger.finish("q", "d")
     assert ledger.attempts("q", "d").count == 1
+
+
+def test_what_was_known_under_an_older_name_is_known_under_the_new_one(tmp_path):
+    with contextlib.closing(Ledger(tmp_path / "ledger.sqlite")) as before:
+        for queue, times in (("old", 2), ("older", 1), ("new", 1)):
+            for _ in range(times):
+                before.begin(queue, "d")
+        before.failed("old", "d", "artifact", "no such object")
+        before.begin("old", "alone")
+        before.finish("old", "done")
+    with contextlib.closing(Ledger(tmp_path / "ledger.sqlite")) as ledger:
+        ledger.renamed("old", "new")
+        ledger.renamed("older", "new")
+        assert ledger.attempts("new", "d").count == 2
+        assert ledger.attempts("new", "alone").count == 1
+        assert ledger.finished("new", "done")
+        assert ledger.attempts("old", "d").count == 0
+        assert not ledger.finished("old", "done")
