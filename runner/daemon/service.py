@@ -218,12 +218,7 @@ class Service:
                     left_behind=left_behind,
                 )
                 await disk.look()
-                catalog = Catalog(
-                    self._config.queues,
-                    counters=self._metrics,
-                    changed=lambda changes: self._changed(dispatcher, changes),
-                    backends=self._parts.backends,
-                )
+                catalog = self._catalog(dispatcher)
                 accounts = Accounts(
                     catalog=catalog, runs=runs, watches=self._parts.watches, backend=self._parts.backend
                 )
@@ -244,6 +239,14 @@ class Service:
                     "troubles": trouble.run(),
                 }
                 return await self._serve(services, dispatcher, runs)
+
+    def _catalog(self, dispatcher: Dispatcher) -> Catalog:
+        return Catalog(
+            self._config.queues,
+            counters=self._metrics,
+            changed=lambda changes: self._changed(dispatcher, changes),
+            backends=self._parts.backends,
+        )
 
     def _of_the_machine(self, tools: Tools) -> dict[str, Coroutine[object, object, None]]:
         """The services that know nothing of messages."""
