@@ -29,7 +29,12 @@ class Stop:
     signal: int = 0  #: the last one; the exit code of a forced stop is 128 and this
 
     def ask(self, number: int = 0) -> None:
-        """Drain; by a signal: with `--grace`; by a second one: end at once."""
+        """Drain; by a signal: with `--grace`; by a second one: end at once.
+
+        A hang-up is no second signal: of one terminal that is closed it comes twice, from the shell and from the kernel.
+        """
+        if number == signal.SIGHUP and self.signalled.is_set():
+            return
         name = signal.Signals(number).name if number else None
         if number and self.signalled.is_set():
             log.warning("second signal: ending at once", signal=name)

@@ -23,7 +23,7 @@ def _hangup() -> Iterator[None]:
     signal.signal(signal.SIGHUP, before)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_the_first_drains_and_the_second_ends_at_once(number: signal.Signals):
     stop = Stop()
     with stop.on_signals():
@@ -34,6 +34,19 @@ async def test_the_first_drains_and_the_second_ends_at_once(number: signal.Signa
         os.kill(os.getpid(), number)
         await asyncio.wait_for(stop.force.wait(), 30)
         assert stop.signal == number
+
+
+async def test_a_closed_terminal_drains_however_often_it_says_so():
+    """From the shell, and from the kernel when the shell has ended."""
+    stop = Stop()
+    with stop.on_signals():
+        os.kill(os.getpid(), signal.SIGHUP)
+        await asyncio.wait_for(stop.signalled.wait(), 30)
+        stop.ask(signal.SIGHUP)
+        assert not stop.force.is_set()
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.wait_for(stop.force.wait(), 30)
+        assert stop.signal == signal.SIGTERM
 
 
 async def test_under_nohup_a_closed_terminal_ends_nothing():
