@@ -175,9 +175,14 @@ class QueueState:
         return rest
 
     def strand(self, delivery: Delivery, endpoint: str) -> None:
-        """It goes back for want of an endpoint. It may come again at once, and is held for longer then."""
+        """It goes back for want of an endpoint. It may come again soon, and is held for longer then.
+
+        Where the broker drops what it has delivered too often, the time from one delivery to the next doubles, as for `put_back`.
+        """
+        cycle = self._cycle_secs(delivery)
+        rest = cycle - min(cycle, LAST_PARK_SECS) if delivery.drops and delivery.deliveries else 0.0
         self.crowded(delivery.digest).put_backs += 1
-        self.wants(endpoint)
+        self.wants(endpoint, at_least_secs=rest)
 
     def _cycle_secs(self, delivery: Delivery) -> float:
         times = max(self.crowded(delivery.digest).put_backs, delivery.deliveries)
@@ -217,9 +222,13 @@ class QueueState:
         self.changed()
         return secs
 
-    def wants(self, endpoint: str) -> None:
+    def wants(self, endpoint: str, *, at_least_secs: float = 0.0) -> None:
         """A message of it needs an endpoint that does not answer: others may need the same."""
-        self.endpoint, self.endpoint_until = endpoint, time.monotonic() + STRANDED_SECS
+        until = time.monotonic() + max(STRANDED_SECS, at_least_secs)
+        if (
+            not self.endpoint or until > self.endpoint_until
+        ):  # else it is closed for longer, for another message
+            self.endpoint, self.endpoint_until = endpoint, until
         self.changed()
 
     # -- rank

@@ -73,6 +73,32 @@ async def test_what_no_host_can_run_is_not_delivered_until_its_broker_drops_it(h
     assert message.deliveries <= 18
 
 
+@pytest.mark.parametrize("drops", [True, False])
+async def test_a_week_without_storage_is_survived_where_the_broker_drops_what_it_has_delivered_often(drops):
+    """And elsewhere such a message does not close its queue for others."""
+    host, message, passed = state(), Message(queue=REF, body=b"stranded"), 0.0
+    message.drops = drops
+    while passed < WEEK_SECS:
+        held = host.park_secs(message)
+        assert held <= queuestate.LAST_PARK_SECS
+        host.endpoint = ""  # that wait is over
+        host.strand(message, "storage")
+        rest = host.endpoint_until - time.monotonic()
+        passed += held + rest
+        message.deliveries += 1
+        assert drops or rest <= queuestate.STRANDED_SECS
+    assert (message.deliveries <= 18) is drops
+
+
+async def test_a_queue_that_waits_long_for_an_endpoint_is_not_opened_for_want_of_another():
+    host, message = state(), Message(queue=REF, body=b"stranded")
+    message.drops, message.deliveries = True, 10
+    host.strand(message, "storage")
+    until = host.endpoint_until
+    host.wants("other")
+    assert (host.endpoint, host.endpoint_until) == ("storage", until)
+
+
 async def test_what_no_host_can_run_is_held_most_of_the_time_where_nothing_is_dropped():
     host, message, held = state(), Message(queue=REF, body=b"huge"), 0.0
     for _ in range(10):
