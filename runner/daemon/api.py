@@ -212,7 +212,7 @@ class Api:
         Raises errors.UsageError when there is none, errors.QueueUnavailable when it is not known yet.
         """
         account, identity = entry.ref.account, entry.document.get("identity")
-        backend = self._catalog.backend_of(str(identity)) or self._catalog.backend(account)
+        backend = self._catalog.backend_of(str(identity), entry.ref) or self._catalog.backend(account)
         if backend is None or backend.identity not in {identity or backend.identity, ""}:
             raise errors.UsageError(f"the account {account} is not configured here")
         if not backend.identity:

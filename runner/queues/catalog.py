@@ -148,10 +148,19 @@ class Catalog:
         found = self._accounts.get(account)
         return None if found is None else found.backend
 
-    def backend_of(self, identity: str) -> QueueBackend | None:
-        """That of an account of that identity; None when there is none, or it is not known yet."""
-        backends = (account.backend for account in self._accounts.values())
-        return next((each for each in backends if identity and each.identity == identity), None)
+    def backend_of(self, identity: str, queue: QueueRef) -> QueueBackend | None:
+        """That of an account of that identity: the queue's own, or one that sees the queue, or any; None: there is none yet."""
+
+        def fits(account: _Account) -> tuple[bool, bool]:
+            label = account.status.account
+            return label == queue.account, dataclasses.replace(queue, account=label) in account.queues
+
+        found = [
+            account
+            for account in self._accounts.values()
+            if identity and account.backend.identity == identity
+        ]
+        return max(found, key=fits).backend if found else None
 
     def queues(self) -> dict[QueueRef, QueueBackend]:
         """The queues that work is taken from now."""

@@ -260,3 +260,19 @@ async def test_the_loop_refreshes_again_and_sees_a_new_account_soon():
     finally:
         running.cancel()
     assert watched.changes() == [("Added", "rmq_second")]
+
+
+async def test_of_the_accounts_of_one_broker_a_queue_is_of_its_own_or_of_one_that_sees_it():
+    class Blind(MemoryBackend):  # its user sees other queues alone
+        async def discover(self) -> list[QueueInfo]:
+            return [info for info in await super().discover() if info.ref.name == "rmq_other"]
+
+    first, second = Blind("first"), MemoryBackend("second")
+    first.broker = second.broker
+    second.declare("rmq_a")
+    catalog = Watched(first, second).catalog
+    assert catalog.backend_of(second.identity, second.ref("rmq_a")) is second
+    assert catalog.backend_of(second.identity, first.ref("rmq_a")) is first
+    await catalog.refresh()
+    assert catalog.backend_of(second.identity, MemoryBackend("renamed").ref("rmq_a")) is second
+    assert catalog.backend_of("", second.ref("rmq_a")) is None
