@@ -102,7 +102,7 @@ class Dispatcher:
     def _changed(self, state: QueueState) -> None:
         orphaned = self._runs.orphaned(state)
         self._gates.changed(state, needs_room=not self._returns(state) and not orphaned)
-        if orphaned:
+        if orphaned or self._draining:  # then the others listen for nothing else
             for other in self._queues.values():  # the message may come by another account
                 if other is not state and other.ledger_key == state.ledger_key:
                     self._gates.changed(other, needs_room=False)
@@ -156,15 +156,14 @@ class Dispatcher:
 
     async def watch_existence(self) -> None:
         """For ever: stop the runs whose queue was deleted. Seen twice, so that no hiccup cancels anything."""
-        missing: set[QueueRef] = set()
+        missing: set[QueueState] = set()
         while True:
             await asyncio.sleep(EXISTENCE_SECS)
             states = list({active.queue for active in self._runs})
             found = await asyncio.gather(*[_existence(state) for state in states])
-            gone = {state.ref for state, seen in zip(states, found, strict=True) if seen is Existence.GONE}
-            for state in states:
-                if state.ref in gone & missing:
-                    self._cancel_runs_of(state)
+            gone = {state for state, seen in zip(states, found, strict=True) if seen is Existence.GONE}
+            for state in gone & missing:  # not by name: an account's file may name another broker meanwhile
+                self._cancel_runs_of(state)
             missing = gone
             for ref in list(self._queues):
                 self._drop(ref)

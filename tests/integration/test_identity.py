@@ -86,6 +86,33 @@ async def test_of_two_accounts_of_a_broker_either_gets_a_lost_message_back(tmp_p
         assert len(it.documents()) == 1
 
 
+async def test_while_draining_no_account_listens_any_more_when_the_lost_message_has_come_by_another(
+    tmp_path, certs
+):
+    go = tmp_path / "go"
+    (certs / "new").write_text("/any")
+    (certs / "old").write_text("/any")
+    opened: dict[str, MemoryBackend] = {}
+    async with daemon(tmp_path, certs=opened) as it:
+        await it.submit(WAIT.format(go=go))
+        await it.until(it.printed)
+        first = next(backend for backend in opened.values() if backend.held)
+        (second,) = (backend for backend in opened.values() if backend is not first)
+        second.set_away(True)
+        it.service.stop.drain.set()
+        await it.until(lambda: tasks("return ") == 2)
+        first.break_connection()
+        await it.until(lambda: first.held)
+        await it.until(lambda: not tasks("next "))
+        go.touch()
+        await it.task
+        assert len(it.documents()) == 1
+
+
+def tasks(prefix: str) -> int:
+    return sum(task.get_name().startswith(prefix) for task in asyncio.all_tasks())
+
+
 async def test_what_finished_under_one_name_is_acknowledged_on_sight_under_another(tmp_path, certs):
     go = tmp_path / "go"
     (certs / "broker").write_text("/any")
