@@ -403,6 +403,9 @@ class Runs:
         if results is not None:
             self._keep(active)
         elif experiment.unrecorded:
+            active.state = dataclasses.replace(active.state, corrected=True)  # the ledger knows how it ended
+            with contextlib.suppress(OSError):
+                self._states.save(active.state)
             self._unrecorded(active.state)
         elif not experiment.undelivered:
             active.release()  # the next run need not wait for a directory to be removed

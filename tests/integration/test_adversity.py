@@ -162,6 +162,7 @@ async def test_a_failed_attempt_whose_storage_was_away_does_not_run_for_ever_in_
         storage.fails["scrape-"] = AWAY
         it.service.stop.ask(signal.SIGTERM)
         await asyncio.wait_for(it.task, LIMIT_SECS)
+    assert [state.corrected for state in states(it)] == [True]  # the attempt that was none is taken back once
     storage.fails.clear()
     async with daemon(tmp_path) as it:
         await it.until(lambda: [each["studioml"]["status"] for each in it.documents()] == ["stopped"])
