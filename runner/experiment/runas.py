@@ -29,6 +29,7 @@ import structlog
 
 from runner import errors
 from runner.process.base import User
+from runner.process.tail import open_unlinked
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -124,9 +125,7 @@ def hand_over(workspace: Workspace, user: User) -> User:
             _give(directory, user.uid, group)
             os.chown(directory, 0, group)
             directory.chmod(0o770)
-    output = os.open(
-        workspace.output, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
-    )
+    output = open_unlinked(workspace.output, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK)
     try:
         os.fchown(output, user.uid, group)
     finally:

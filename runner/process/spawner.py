@@ -366,8 +366,11 @@ def _oom_counter() -> Path:
 
 @contextlib.contextmanager
 def _output_of(command: base.Command) -> Iterator[int]:
-    fd = open_unlinked(command.output, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOCTTY)
+    # A named pipe that nobody reads would hold up the loop for ever; what is there for good may then block its writer.
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOCTTY | os.O_NONBLOCK
+    fd = open_unlinked(command.output, flags)
     try:
+        os.set_blocking(fd, True)
         yield fd
     finally:
         os.close(fd)

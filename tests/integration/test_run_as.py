@@ -221,3 +221,17 @@ def test_a_file_that_has_names_outside_of_the_run_stays_ours(place):
     assert {(env / name).lstat().st_uid for name in ("one", "two", "link")} == {UID}
     assert workspace.private.stat().st_uid == 0
     assert stat.S_IMODE(workspace.private.stat().st_mode) == 0o700
+
+
+@as_root
+def test_nothing_is_given_away_through_a_link_in_the_place_of_the_outputs_directory(place):
+    """What made a run ready, in a container say, may have left one there."""
+    workspace = Workspace.create(place / "runs", "key")
+    elsewhere = place / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "output").write_text("of the host")
+    workspace.output.parent.rmdir()
+    workspace.output.parent.symlink_to(elsewhere)
+    with pytest.raises(NotADirectoryError):
+        runas.hand_over(workspace, User(name="x", uid=UID, gid=UID))
+    assert (elsewhere / "output").stat().st_uid == 0

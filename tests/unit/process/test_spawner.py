@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import stat
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -136,6 +137,18 @@ async def test_output_goes_through_no_link(bench: Bench, starter: Spawner, link:
     with pytest.raises(OSError, match=r"symbolic links|Not a directory"):
         await starter.run(bench.command("echo", "printed", output=place / "output"))
     assert not (elsewhere / "output").read_text()
+
+
+async def test_a_pipe_in_the_place_of_the_output_holds_up_nobody(bench: Bench, starter: Spawner) -> None:
+    os.mkfifo(bench.output)
+    reading = threading.Timer(20, bench.output.read_bytes)  # without what it is for this test ends as well
+    reading.start()
+    with pytest.raises(OSError, match="No such device or address"):
+        await starter.run(bench.command("echo", "printed"))
+    reading.cancel()
+    bench.output.unlink()
+    await starter.run(bench.python("import os; print(os.get_blocking(1))"))
+    assert bench.text() == "True\n"
 
 
 async def test_a_large_environment_arrives(bench: Bench, starter: Spawner) -> None:
