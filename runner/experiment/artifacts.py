@@ -281,31 +281,34 @@ class Artifacts:
         return None
 
     def _upload_blocking(self, artifact: Artifact, location: Location) -> None:
-        directory = self._workspace.artifact(artifact.tag)
-        fingerprint = archive.fingerprint(directory)
+        fingerprint = archive.fingerprint(self._workspace.artifact(artifact.tag))
         if fingerprint is None or self._stored.get(artifact.tag) == fingerprint:
             return
+        with self._workspace.held(artifact.tag) as directory:
+            self._store_blocking(artifact, location, directory)
+        self._stored[artifact.tag] = fingerprint
+
+    def _store_blocking(self, artifact: Artifact, location: Location, directory: Path) -> None:
         if artifact.unpack is False and (single := _single_file(directory)) is not None:
             with single as file:
                 self.put(location, file, os.fstat(file.fileno()).st_size)
-        else:
-            with tempfile.SpooledTemporaryFile(_SPOOL_BYTES, dir=str(self._workspace.private)) as spool:
-                packed = cast("BinaryIO", spool)
-                result = archive.pack(
-                    directory,
-                    packed,
-                    style=archive.style_for(
-                        artifact.tag, from_completion_service=self._request.from_completion_service
-                    ),
-                    compression=archive.compression_for(location.key),
-                    not_before=_not_before(artifact, self._request),
-                )
-                for warning in result.warnings:
-                    log.warning("artifact", artifact=artifact.tag, warning=warning)
-                size = packed.seek(0, 2)
-                packed.seek(0)
-                self.put(location, packed, size)
-        self._stored[artifact.tag] = fingerprint
+            return
+        with tempfile.SpooledTemporaryFile(_SPOOL_BYTES, dir=str(self._workspace.private)) as spool:
+            packed = cast("BinaryIO", spool)
+            result = archive.pack(
+                directory,
+                packed,
+                style=archive.style_for(
+                    artifact.tag, from_completion_service=self._request.from_completion_service
+                ),
+                compression=archive.compression_for(location.key),
+                not_before=_not_before(artifact, self._request),
+            )
+            for warning in result.warnings:
+                log.warning("artifact", artifact=artifact.tag, warning=warning)
+            size = packed.seek(0, 2)
+            packed.seek(0)
+            self.put(location, packed, size)
 
     def put(self, location: Location, source: BinaryIO, size: int) -> None:
         """Store bytes at a place, and count them. Blocking. Raises as `ObjectStore.put`."""

@@ -24,10 +24,11 @@ import os
 import re
 import secrets
 import struct
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Iterator
 
 # linux/fs.h: FS_IOC_GETFLAGS, FS_IOC_SETFLAGS; the bit of FS_TOPDIR_FL.
 _GET_FLAGS, _SET_FLAGS = (
@@ -79,6 +80,23 @@ class Workspace:
     def artifact(self, tag: str) -> Path:
         """The directory of an artifact. `tag` is a safe single component: `request.decode` refuses others."""
         return self._experiment / tag
+
+    @contextlib.contextmanager
+    def held(self, tag: str) -> Iterator[Path]:
+        """That directory by a path that leads nowhere else, while the context is open; the last component may be a link.
+
+        In a container a workload may be us, and put links in the place of the directories above it. Raises OSError for those.
+        """
+        flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        above = os.open(self._experiment.parent, flags)
+        try:
+            directory = os.open(self._experiment.name, flags, dir_fd=above)
+        finally:
+            os.close(above)
+        try:
+            yield Path(f"/proc/self/fd/{directory}", tag)
+        finally:
+            os.close(directory)
 
     @functools.cached_property
     def _experiment(self) -> Path:
