@@ -31,9 +31,10 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.routing import BaseRoute
 
+    from runner.daemon.active import Active
     from runner.daemon.deadletters import DeadLetters, Entry
     from runner.daemon.dispatch import Dispatcher
-    from runner.daemon.runs import Active, Runs
+    from runner.daemon.runs import Runs
     from runner.queues.base import QueueBackend, QueueRef
     from runner.queues.catalog import Catalog
 

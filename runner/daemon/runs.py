@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from runner import errors
+from runner.daemon.active import Active
 from runner.daemon.runstate import RunState
 from runner.daemon.settle import Settler
 from runner.experiment.artifacts import located
@@ -34,61 +35,18 @@ if TYPE_CHECKING:
     from runner.daemon.queuestate import QueueState
     from runner.daemon.runstate import RunStates
     from runner.experiment.tools import Tools
-    from runner.queues.base import Delivery, QueueBackend
+    from runner.queues.base import Delivery
     from runner.request.model import Request
     from runner.resources.allocator import Allocation
 
 log = structlog.get_logger(__name__)
 
-#: Results that are not stored after this long give their part of the machine back, and go on trying.
+#: Results that are not stored after this long give back what is left of their part of the machine, too, and go on trying.
 DELIVERY_HOLDS_MACHINE_SECS = 120.0
 #: How often it is looked whether a lost message has come back.
 LOSS_SECS = 1.0
 #: Nothing is started on a disk with less room than that: it would only fail, and count.
 MIN_FREE_BYTES = 64 << 20
-
-
-@dataclasses.dataclass(kw_only=True, eq=False)
-class Active:
-    """A run in progress and the delivery that its outcome will end."""
-
-    queue: QueueState
-    delivery: Delivery
-    request: Request
-    experiment: Experiment
-    state: RunState
-    backend: QueueBackend | None = None  #: that of its delivery; a queue may get another one while it runs
-    allocation: Allocation | None = None  #: its part of the machine, until it gives that back
-    since: float = dataclasses.field(default_factory=time.monotonic)
-    settling: bool = False  #: its delivery is being ended: what comes again from now on is no copy of it
-    task: asyncio.Task[None] | None = None
-
-    @property
-    def attempt(self) -> int:
-        """Its number, from 1."""
-        return self.state.attempt
-
-    @property
-    def started(self) -> float:
-        """Unix time."""
-        return self.state.started
-
-    def move(self, queue: QueueState, delivery: Delivery) -> None:
-        """Its message is that delivery from now on, which may have come by another account of the same queue."""
-        before, self.queue = self.queue, queue
-        for state, number in ((before, -1), (queue, 1)):  # which may be one
-            state.running += number
-            state.holding += number if self.allocation is not None else 0
-        self.delivery, self.backend = delivery, queue.backend
-        before.changed()
-
-    def release(self) -> None:
-        """Give its part of the machine back. Idempotent."""
-        if self.allocation is not None:
-            allocation, self.allocation = self.allocation, None
-            # Before it is known who gets it: that depends on what its queue has had.
-            self.queue.used(allocation.amounts.cpus * (time.monotonic() - self.since))
-            allocation.release()
 
 
 class Runs:
@@ -430,7 +388,13 @@ class Runs:
             log.warning("how the run ended cannot be written down: a crash would repeat it", error=str(exc))
 
     async def _deliver(self, active: Active, outcome: Outcome) -> tuple[Outcome, Path | None]:
-        """Store the results; the outcome, and where the results are when they cannot be stored."""
+        """Store the results; the outcome, and where the results are when they cannot be stored.
+
+        Meanwhile others work with its cores, memory and cards: as many runs at most store their results that way as the machine
+        has cores, so that nothing piles up.
+        """
+        if sum(each.resting for each in self) < self._tools.allocator.total.cpus:
+            active.rest()
         delivery = asyncio.create_task(
             active.experiment.deliver(outcome, on_unreachable=lambda away: self._away(active, away))
         )
@@ -456,7 +420,10 @@ class Runs:
         return outcome, None
 
     def _away(self, active: Active, exc: errors.Unreachable) -> None:
-        active.queue.wants(exc.endpoint)
+        if (
+            self._endpoints.away_secs(exc.endpoint) is None
+        ):  # or its tries, again and again, would close the queue for good
+            active.queue.wants(exc.endpoint)
         self._endpoints.lost(exc.endpoint, lambda: active.experiment.answers(exc.endpoint))
 
     def gpus_failed(self, fenced: Mapping[str, str]) -> None:

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from runner.config import Config
+    from runner.daemon.active import Active
     from runner.daemon.attempts import Ledger
     from runner.daemon.deadletters import DeadLetters
     from runner.daemon.endpoints import Endpoints
     from runner.daemon.queuestate import QueueState
-    from runner.daemon.runs import Active
     from runner.queues.base import Delivery
     from runner.request.model import Request
     from runner.telemetry.metrics import Metrics

@@ -33,6 +33,10 @@ class Allocation:
         """The run that has it got this `STUDIOML_HOME`: by that its processes are known on the cards."""
         self.allocator.gpus.name(self.number, home)
 
+    def keep_disk(self) -> None:
+        """Give back all but the disk: nothing runs in it any more. Any further call does nothing."""
+        self.allocator.keep_disk(self)
+
     def release(self) -> None:
         """Give it back. Any further call does nothing."""
         self.allocator.release(self)
@@ -212,6 +216,15 @@ class Allocator:
         """Give it back; does nothing for what is not out. `Allocation.release` is the usual way here."""
         if self._held.pop(allocation.number, None) is None:
             return
+        self.gpus.give_back(allocation.number)
+        self.reconsider()
+
+    def keep_disk(self, allocation: Allocation) -> None:
+        """Give back all of it but the disk; does nothing for what is not out. `Allocation.keep_disk` is the usual way here."""
+        if allocation.number not in self._held:
+            return
+        disk = Resources(cpus=0, ram_bytes=0, hdd_bytes=allocation.amounts.hdd_bytes)
+        self._held[allocation.number] = dataclasses.replace(allocation, amounts=disk, gpus=())
         self.gpus.give_back(allocation.number)
         self.reconsider()
 

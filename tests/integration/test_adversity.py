@@ -21,6 +21,7 @@ from runner.request import decode
 from runner.storage.base import Forbidden
 from runner.storage.files import FileStore
 from tests.integration.harness import LIMIT_SECS, daemon
+from tests.integration.test_fairness import explained
 
 WAIT = "import pathlib, time; print('begun', flush=True)\nwhile not pathlib.Path('{go}').exists(): time.sleep(0.02)\nprint('done')"
 LONG = "import time; print('begun', flush=True); time.sleep(600)"
@@ -100,6 +101,26 @@ async def test_a_checkpoint_in_progress_never_overtakes_the_final_results(
         await it.until(lambda: sum(slow in key for key in storage.stored) >= 2)
         assert it.documents()[0]["studioml"]["status"] == "completed"
         assert b"final" in (it.storage / "experiments/exp/modeldir.tar").read_bytes()
+
+
+async def test_while_results_are_stored_the_next_one_runs_and_no_more_than_there_are_cores_wait_so(
+    tmp_path, storage
+):
+    whole = {"cpus": 2}
+    async with daemon(tmp_path) as it:
+        stored = {key: threading.Event() for key in ("one", "two", "three")}
+        for key, event in stored.items():
+            storage.waits[f"experiments/{key}/output.tar"] = event
+        for key in (*stored, "four"):
+            await it.submit("print('x')", key=key, resources_needed=whole)
+        await it.until(lambda: [bool(run.outcome) for run in states(it)] == [True] * 3)
+        # The third one waits with its part of the machine; there is no room for the fourth.
+        await explained(it, "rmq_a", lambda told: told["closed_because"] == "no core is free")
+        assert it.queue.depth("rmq_a") == 1
+        for event in stored.values():
+            event.set()
+        await it.settled()
+        assert [each["studioml"]["status"] for each in it.documents()] == ["completed"] * 4
 
 
 async def test_results_that_are_refused_end_the_document_and_are_kept_for_the_message(tmp_path, storage):

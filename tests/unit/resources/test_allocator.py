@@ -28,6 +28,23 @@ def test_what_is_granted_is_missing_until_it_is_released_once():
     assert machine.free == MACHINE
 
 
+def test_what_has_ended_keeps_its_disk_only():
+    machine = allocator()
+    over = machine.allocate(Resources(cpus=4, ram_bytes=8 * GIB, hdd_bytes=60 * GIB))
+    heard: list[int] = []
+    machine.on_change(lambda: heard.append(machine.free.cpus))
+    over.keep_disk()
+    assert heard == [4]
+    assert machine.free == Resources(cpus=4, ram_bytes=8 * GIB, hdd_bytes=40 * GIB)
+    with pytest.raises(errors.NoCapacity, match="disk"):  # it will be there again, so no other host is meant
+        machine.allocate(Resources(hdd_bytes=50 * GIB))
+    over.keep_disk()
+    over.release()
+    over.release()
+    over.keep_disk()
+    assert machine.free == MACHINE
+
+
 def test_too_little_of_one_thing_takes_nothing_of_the_others():
     machine = allocator()
     machine.allocate(Resources(cpus=1, ram_bytes=8 * GIB))
