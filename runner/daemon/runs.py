@@ -420,9 +420,7 @@ class Runs:
         return outcome, None
 
     def _away(self, active: Active, exc: errors.Unreachable) -> None:
-        if (
-            self._endpoints.away_secs(exc.endpoint) is None
-        ):  # or its tries, again and again, would close the queue for good
+        if self._endpoints.away_secs(exc.endpoint) is None:  # else each try would close the queue anew
             active.queue.wants(exc.endpoint)
         self._endpoints.lost(exc.endpoint, lambda: active.experiment.answers(exc.endpoint))
 

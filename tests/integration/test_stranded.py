@@ -6,12 +6,14 @@ import contextlib
 import functools
 import http.server
 import json
+import signal
 import threading
 from typing import TYPE_CHECKING
 
 import pytest
 
 from runner.daemon import dispatch, endpoints, queuestate
+from runner.experiment import results
 from runner.storage import transport
 from tests.integration.harness import Daemon, daemon
 from tests.integration.test_fairness import Counting, ended, explained
@@ -82,6 +84,28 @@ async def test_a_wrong_address_stops_only_the_messages_that_have_it(
         assert sum(queue.delivered.values()) in {6, 7}
         assert queue.delivered["good0"] == queue.delivered["good1"] == 1
         assert not it.dead()
+
+
+async def test_results_with_a_wrong_address_do_not_close_their_queue(
+    tmp_path: Path, queue: Counting, port: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(results, "FIRST_RETRY_SECS", 0.05)
+    monkeypatch.setattr(results, "LAST_RETRY_SECS", 0.05)
+    async with daemon(tmp_path, queue, runs={"grace_secs": 0.0}) as it:
+        message = json.loads(it.message("print()", "lost"))
+        output = message["experiment"]["artifacts"]["output"]
+        output |= {
+            "qualified": f"s3://127.0.0.1:{port}/bucket/output.tar",
+            "bucket": "bucket",
+            "key": "output.tar",
+        }
+        it.queue.declare("rmq_a")
+        await it.queue.publish(it.queue.ref("rmq_a"), json.dumps(message).encode())
+        away = f"127.0.0.1:{port} has not answered for"
+        await explained(it, "rmq_a", lambda told: (told["closed_because"] or "").startswith(away))
+        await submit(it, "good")
+        await it.until(lambda: ended(it) == ["good"])
+        it.service.stop.ask(signal.SIGTERM)  # what waits is left to the next daemon
 
 
 async def test_what_is_held_for_that_is_bounded_and_put_back(
