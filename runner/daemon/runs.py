@@ -391,9 +391,11 @@ class Runs:
         """Store the results; the outcome, and where the results are when they cannot be stored.
 
         Meanwhile others work with its cores, memory and cards: as many runs at most store their results that way as the machine
-        has cores, so that nothing piles up.
+        has cores, so that nothing piles up. Not those of one that goes back to its queue: what keeps that queue from starting the
+        next one, which would fare no better, is known when it is settled.
         """
-        if sum(each.resting for each in self) < self._tools.allocator.total.cpus:
+        final = outcome.fate is errors.Fate.ACK
+        if final and sum(each.resting for each in self) < self._tools.allocator.total.cpus:
             active.rest()
         delivery = asyncio.create_task(
             active.experiment.deliver(outcome, on_unreachable=lambda away: self._away(active, away))
