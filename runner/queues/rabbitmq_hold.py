@@ -389,6 +389,9 @@ class Hold:
                 ):
                     return True
             if (self._held is not None and not self._leased) or now() >= self._expires:
+                # Ours is not there, and only now that is sure: before, somebody's look may have had it for a moment.
+                with contextlib.suppress(exceptions.AMQPError, TimeoutError):
+                    await self._leases.remove_if_empty(self)
                 return False
             failures += 1
             await asyncio.sleep(wire.backoff(failures, min(5.0, self._leases.terms.secs / 10)))

@@ -153,15 +153,13 @@ async def renew(
 
 
 async def give_back(channel: Channel, message: Message, mine: Callable[[Stamp], bool], attempt: int) -> bool:
-    """Move our copy to the end of the queue that it came from, as `attempt`; False when we have none.
+    """Move our copy to the end of the queue that it came from, as `attempt`; False when there is none to be had now.
 
-    In one transaction, so that there is one message all the time. When that queue is gone, the message goes too.
+    Somebody else's look may have it for a moment: then the queue must stay. In one transaction, so that there is one message all the time. When that queue is gone, the message goes too.
     """
     await wire.rpc(channel, channel.tx_select)
     found = await _search(channel, message.lease_queue, mine)
     if not found.ours:
-        if found.finding is Finding.NOTHING:
-            await remove_if_empty(channel, message)
         return False
     mark = dataclasses.replace(found.ours[-1].stamp, attempt=attempt)
     with contextlib.suppress(exceptions.UnroutableError):
@@ -173,12 +171,14 @@ async def give_back(channel: Channel, message: Message, mine: Callable[[Stamp], 
 
 
 async def finish(channel: Channel, message: Message, mine: Callable[[Stamp], bool]) -> bool:
-    """Remove our copy, and the queue if it holds no other; False when we have none. Publishes nothing."""
+    """Remove our copy, and the queue if it holds no other; False when there is none to be had now. Publishes nothing."""
     found = await _search(channel, message.lease_queue, mine)
     if found.finding is not Finding.NO_QUEUE:
         found.end(channel)
-        await _leave(channel, message, found)  # its answer tells that the acknowledgement was heard
-    return bool(found.ours)
+    if not found.ours:
+        return False
+    await _leave(channel, message, found)  # its answer tells that the acknowledgement was heard
+    return True
 
 
 async def look(channel: Channel, message: Message) -> list[Stamp] | None:

@@ -207,6 +207,11 @@ class Leases:
         async with self._channel() as channel:
             return await lease.finish(channel, hold.message, lambda stamp: stamp.token == hold.token)
 
+    async def remove_if_empty(self, hold: Hold) -> None:
+        """Remove the lease queue unless a copy waits in it. Raises AMQPError or TimeoutError."""
+        async with self._channel() as channel:
+            await lease.remove_if_empty(channel, hold.message)
+
     async def give_back(self, hold: Hold, attempt: int) -> bool:
         """Move its copy to its request queue; whether there was one. Raises AMQPError or TimeoutError."""
         async with self._channel(self.publishing) as channel:
@@ -219,9 +224,8 @@ class Leases:
         if error.reply_code not in {lease.ACCESS_REFUSED, lease.PRECONDITION_FAILED}:
             return True
         with contextlib.suppress(exceptions.AMQPError, TimeoutError):
-            async with self._channel() as channel:
-                # Ours, made before the refusal; or somebody's with another lease time.
-                await lease.remove_if_empty(channel, hold.message)
+            # Ours, made before the refusal; or somebody's with another lease time.
+            await self.remove_if_empty(hold)
         if error.reply_code == lease.PRECONDITION_FAILED:
             return True
         emit = log.debug if self._said else log.warning

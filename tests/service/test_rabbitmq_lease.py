@@ -9,7 +9,7 @@ import structlog
 import structlog.testing
 
 from runner.config import RmqLease
-from runner.queues import base, rabbitmq_channels
+from runner.queues import base, rabbitmq_channels, rabbitmq_lease
 from tests.service.rabbitmq_kit import LIMIT, name, ref, take, until
 from tests.service.rabbitmq_lease_kit import (
     ARGUMENTS,
@@ -121,6 +121,35 @@ async def test_given_back_from_its_lease_it_is_there_at_once_with_its_attempts(r
         assert (again.body, again.redelivered, again.attempts) == (BODY, True, 1)
         assert await again.ack() is True
         assert depth(rabbitmq, name) == 0
+
+
+@either_type
+@pytest.mark.parametrize("ending", ["give_back", "finish"])
+async def test_a_copy_that_somebody_looks_at_just_then_is_waited_for(
+    rabbitmq, name, kind, ending, monkeypatch
+):
+    """To take the queue for empty, and remove it, would remove the message."""
+    rabbitmq.declare(name, durable=True, arguments=ARGUMENTS[kind])
+    rabbitmq.publish(name, BODY, persistent=True)
+    loop, tried = asyncio.get_running_loop(), asyncio.Event()
+    real = getattr(rabbitmq_lease, ending)
+
+    async def end(*args):
+        if not (done := await real(*args)):
+            loop.call_soon_threadsafe(tried.set)
+        return done
+
+    monkeypatch.setattr(rabbitmq_lease, ending, end)
+    async with host(rabbitmq, terms=LONG) as one:
+        held = await one.take(name)
+        where = await leased(rabbitmq, name, BODY)
+        with rabbitmq.channel() as looks:
+            assert looks.basic_get(where)[0] is not None
+            ended = asyncio.create_task(held.requeue() if ending == "give_back" else held.ack())
+            await asyncio.wait_for(tried.wait(), LIMIT)
+        assert await asyncio.wait_for(ended, LIMIT) is True
+        await reaches(rabbitmq, name, 1 if ending == "give_back" else 0)
+        await reaches(rabbitmq, where, None)
 
 
 async def test_an_attempt_that_was_none_is_not_told(rabbitmq, name):
