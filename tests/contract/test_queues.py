@@ -287,11 +287,13 @@ async def test_five_hundred_messages_through_four_consumers_come_once_each(harne
     bodies = {b"%d" % n for n in range(500)}
     got: list[bytes] = []
     everything = asyncio.Event()
+    lends = backends[0].kind.lower() in {"sqs", "pubsub"}
 
     async def work(consumer: Consumer) -> None:
         while True:
             delivery = await consumer.next()
-            assert not delivery.redelivered
+            # What was in an answer that came too late to be kept comes again from services that lend for a time.
+            assert lends or not delivery.redelivered
             assert await delivery.ack()
             got.append(delivery.body)
             if len(got) == len(bodies):
