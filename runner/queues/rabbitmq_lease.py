@@ -173,10 +173,9 @@ async def give_back(channel: Channel, message: Message, mine: Callable[[Stamp], 
 async def finish(channel: Channel, message: Message, mine: Callable[[Stamp], bool]) -> bool:
     """Remove our copy, and the queue if it holds no other; False when there is none to be had now. Publishes nothing."""
     found = await _search(channel, message.lease_queue, mine)
-    if found.finding is not Finding.NO_QUEUE:
-        found.end(channel)
     if not found.ours:
         return False
+    found.end(channel)
     await _leave(channel, message, found)  # its answer tells that the acknowledgement was heard
     return True
 
